@@ -1,0 +1,412 @@
+"""The recipe: everything that a run depends on, as frozen pydantic models read from one YAML file.
+
+A recipe is read by `load_recipe`, which follows `extends`, applies `--set dotted.key=value`, and refuses unknown
+keys with the nearest known one. What changes results (seed, grid, codes, weights) has no default here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the field, the value seen and what to do."""
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RoomsSource(Section):
+    """Rooms that the project renders itself."""
+
+    format: Literal["rooms"]
+    name: str
+    count: Positive
+    size: Positive = Field(description="image side in pixels")
+    seed: int = Field(description="layout seed; training and held-out sources must differ")
+    questions: tuple[str, ...] = Field(description="kinds of questions to keep, e.g. [referring, count]; [] for none")
+    exact_masks: bool = Field(description="true: the record carries exact masks; false: boxes only, for `masks`")
+    held_out: bool = False
+
+
+class FolderSource(Section):
+    """A plain folder of images, with an optional `records.jsonl` of turns beside them."""
+
+    format: Literal["folder"]
+    name: str
+    path: str
+    held_out: bool = False
+
+
+Source = Annotated[RoomsSource | FolderSource, Field(discriminator="format")]
+
+
+class PoolRecipe(Section):
+    """An actor pool of Ray Data."""
+
+    min_actors: Positive
+    max_actors: Positive
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = Field(default=1, description="torch threads of one actor; part of what fixes digests")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PoolRecipe:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors {self.min_actors} is above max_actors {self.max_actors}: swap them")
+        return self
+
+
+class IngestRecipe(Section):
+    rows_per_shard: Positive
+    min_side: Positive = Field(description="pixels; smaller images are rejected")
+    max_pixels: Positive = Field(description="larger images are rejected before they are decoded")
+    max_side: Positive = Field(description="pixels; larger images are scaled down to it, keeping the aspect ratio")
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    pool: PoolRecipe
+
+
+class DepthRecipe(Section):
+    teacher: str = Field(description="`rooms`, a folder, a hub id, or `recorded` (the data set's own depth)")
+    batch_size: Positive
+    dtype: Literal["float32", "bfloat16", "float16"]
+    pool: PoolRecipe
+
+
+class MasksRecipe(Section):
+    teacher: str = Field(description="`rooms` or a folder of a SAM2 image model")
+    min_predicted_iou: Share
+    min_stability: Share
+    pool: PoolRecipe
+
+
+class CodebookRecipe(Section):
+    image_size: Positive
+    stride: Positive
+    codes: Annotated[int, Field(ge=2)]
+    dim: Positive
+    channels: tuple[Positive, ...] = Field(description="of the stride-2 convolutions, first to last")
+    residual_blocks: Annotated[int, Field(ge=0)]
+    ema_decay: Annotated[float, Field(gt=0, lt=1)]
+    commitment: Weight
+    gradient_weight: Weight
+    steps: Positive
+    global_batch: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    sample_rows: Positive = Field(description="depth maps that it is trained from")
+    workers: Positive
+
+    @property
+    def tokens(self) -> int:
+        """Number of depth tokens per image, N."""
+        return (self.image_size // self.stride) ** 2
+
+    @model_validator(mode="after")
+    def _grid(self) -> CodebookRecipe:
+        if self.image_size % self.stride:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of stride {self.stride}")
+        if 2 ** len(self.channels) != self.stride:
+            raise ValueError(f"stride {self.stride} needs log2(stride) channels, got {len(self.channels)}")
+        if self.global_batch % self.workers:
+            raise ValueError(f"global_batch {self.global_batch} does not divide by workers {self.workers}")
+        return self
+
+
+class TokenizeRecipe(Section):
+    batch_size: Positive
+    pool: PoolRecipe
+
+
+class AssembleRecipe(Section):
+    row_group_rows: Positive
+    pool: PoolRecipe
+
+
+class LoraRecipe(Section):
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Share
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ModelRecipe(Section):
+    base: str = Field(description="`rooms`, a folder or a hub id of an InternVL model")
+    sam2: str = Field(description="`rooms` or a folder of a SAM2 image model")
+    language: Literal["lora", "full", "frozen"]
+    lora: LoraRecipe | None = None
+    train_vision: bool
+    train_projector: bool
+    max_objects: Positive = 5
+    max_length: Positive
+
+    @model_validator(mode="after")
+    def _lora(self) -> ModelRecipe:
+        if self.language == "lora" and self.lora is None:
+            raise ValueError("language is 'lora' but there is no `lora` section: add one")
+        return self
+
+
+class LossWeights(Section):
+    """Weights of the named terms (METHOD.md, reconstruction); no defaults, since they change results."""
+
+    text: Weight
+    marker: Weight
+    token: Weight
+    count: Weight
+    reconstruction: Weight
+    mask_bce: Weight
+    mask_dice: Weight
+    temperature: Annotated[float, Field(gt=0)] = Field(description="tau of soft merging")
+    gradient: Weight = Field(description="of the gradient-matching part inside reconstruction")
+    mask_points: Positive = Field(description="sampled points per mask")
+
+
+class MixtureEntry(Section):
+    """One task set of the mixture."""
+
+    source: str = Field(description="name of a source of this recipe")
+    weight: Annotated[float, Field(gt=0)]
+    kinds: tuple[str, ...] = Field(default=(), description="kinds of turns used; [] = all, or none for depth-only")
+    segmentation: bool = Field(description="write [SEG] tokens where the record has masks")
+    depth: bool = Field(description="write the depth block")
+    max_turns: Annotated[int, Field(ge=0)] = 1
+
+
+class TrainRecipe(Section):
+    workers: Positive
+    allowed_workers: tuple[Positive, ...] = (1, 2, 4, 8)
+    steps: Positive
+    global_batch: Positive
+    micro_batch: Positive = Field(description="samples per forward on one worker")
+    zero_stage: Literal[1, 2, 3]
+    bf16: bool
+    threads: Positive = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0)]
+    mask_learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the mask projector and decoder")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Weight
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    warmup: Share
+    checkpoint_every: Positive
+    keep_checkpoints: Positive
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    streams: Positive = Field(description="canonical streams of the mixture, C")
+    mixture: tuple[MixtureEntry, ...]
+    losses: LossWeights
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainRecipe:
+        for world in {*self.allowed_workers, self.workers}:
+            if self.global_batch % world or self.streams % world:
+                raise ValueError(
+                    f"global_batch {self.global_batch} and streams {self.streams} must both divide by every allowed"
+                    f" number of workers; {world} does not: change allowed_workers or the sizes"
+                )
+        if self.global_batch % self.streams:
+            raise ValueError(f"global_batch {self.global_batch} must be a multiple of streams {self.streams}")
+        if (self.global_batch // self.workers) % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide the {self.global_batch // self.workers}"
+                f" samples of one worker (global_batch {self.global_batch} / workers {self.workers})"
+            )
+        return self
+
+
+class EvaluateRecipe(Section):
+    batch_size: Positive
+    limit: Positive = Field(description="images per held-out source")
+    max_new_tokens: Positive
+    bootstrap: Positive = Field(description="resamples for 95 % intervals")
+    pool: PoolRecipe
+
+
+class ServeRecipe(Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)]
+    min_replicas: Annotated[int, Field(ge=0)]
+    max_replicas: Positive
+    target_ongoing_requests: Positive
+    max_ongoing_requests: Positive
+    max_queued_requests: Positive
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 120.0
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1
+    max_batch: Positive
+    batch_wait_s: Annotated[float, Field(ge=0)]
+    max_image_bytes: Positive
+    max_image_pixels: Positive
+    max_question_chars: Positive
+    max_new_tokens: Positive
+
+    @model_validator(mode="after")
+    def _replicas(self) -> ServeRecipe:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ClusterRecipe(Section):
+    """What a local Ray is started with; on a cluster the job joins the one that runs."""
+
+    logical_cpus: Positive = Field(description="of a Ray started here; may exceed the cores")
+    min_memory_gb: Annotated[float, Field(gt=0)]
+    object_store_mb: Positive
+
+
+class Recipe(Section):
+    name: str
+    root: str = Field(description="folder or URI that every table of the run lies under")
+    seed: int
+    accept_non_commercial: bool = False
+    max_reject_share: Share
+    sources: tuple[Source, ...]
+    cluster: ClusterRecipe
+    ingest: IngestRecipe
+    depth: DepthRecipe
+    masks: MasksRecipe
+    codebook: CodebookRecipe
+    tokenize: TokenizeRecipe
+    assemble: AssembleRecipe
+    model: ModelRecipe
+    train: TrainRecipe
+    evaluate: EvaluateRecipe
+    serve: ServeRecipe
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        names = [source.name for source in self.sources]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"sources are named twice: {doubled}; names must be unique")
+        for i, entry in enumerate(self.train.mixture):
+            if entry.source not in names:
+                raise ValueError(f"train.mixture.{i}.source '{entry.source}' is no source; known: {names}")
+            if self.source(entry.source).held_out:
+                raise ValueError(f"train.mixture.{i}.source '{entry.source}' is held out: never train on it")
+        return self
+
+    def source(self, name: str) -> RoomsSource | FolderSource:
+        """The source of that name."""
+        return next(source for source in self.sources if source.name == name)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over every field but `root`, so that a moved run keeps its name."""
+        return section_digest(self, exclude={"root"})
+
+
+def section_digest(section: BaseModel, *, exclude: set[str] | None = None) -> str:
+    """16 hex digits of a section's canonical JSON."""
+    text = json.dumps(section.model_dump(mode="json", exclude=exclude), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_recipe(path: Path, *, overrides: Sequence[str] = (), root: str | None = None) -> Recipe:
+    """The recipe in `path`, with `extends` followed and overrides ("dotted.key=value", value in YAML) applied.
+
+    Raises RecipeError for a missing file, broken YAML, an unknown key or a wrong value.
+    """
+    values = _read(path, ())
+    for override in overrides:
+        _assign(values, override)
+    if root is not None:
+        values["root"] = root
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "; ".join(_explain(error))) from error
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe file '{path}' does not exist: give a file, or one of the shipped names") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file '{path}' is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe file '{path}' holds {type(values).__name__}, expected a mapping of sections")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    target = (path.parent / str(base)).resolve()
+    if target in parents:
+        raise RecipeError(f"{path}: 'extends' goes round in a circle through {target.name}")
+    return _merge(_read(target, (*parents, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set '{override}' has no '=': write --set dotted.key=value")
+    *parents, last = key.split(".")
+    place: Any = values
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) and part.isdigit() else place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"--set {key}: '{part}' is a plain value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: '{text}' is not YAML: {error}") from error
+    if isinstance(place, list):
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if part not in ("rooms", "folder"))
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), sorted(_known_keys(Recipe)), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            yield f"unknown key '{where}'{hint}"
+        elif item["type"] == "missing":
+            yield f"'{where}' is missing: it has no default, set it"
+        else:
+            yield f"'{where}' = {item['input']!r}: {item['msg']}" if where else item["msg"]
+
+
+def _known_keys(model: type[BaseModel]) -> set[str]:
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(name)
+        for part in _models_in(field.annotation):
+            keys |= _known_keys(part)
+    return keys
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if get_origin(annotation) in (Union, Annotated, tuple) or get_args(annotation):
+        for part in get_args(annotation):
+            yield from _models_in(part)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
