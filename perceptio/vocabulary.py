@@ -52,14 +52,14 @@ class SpatialVocabulary:
         missing = [token for token in wanted if token not in present]
         if missing:
             raise ValueError(
-                f"tokenizer: {len(missing)} of {len(wanted)} spatial tokens for {codes} codes are missing, the first is "
-                f"{missing[0]!r} (it has {_codes_in(tokenizer)} codes): call extend_tokenizer, or use the tokenizer saved "
-                "with this codebook"
+                f"tokenizer: {len(missing)} of {len(wanted)} spatial tokens for {codes} codes are missing, the first "
+                f"{missing[0]!r} (it has {_codes_in(tokenizer)} codes): call extend_tokenizer, or use the tokenizer "
+                "saved with this codebook"
             )
         if _codes_in(tokenizer) != codes:
             raise ValueError(
-                f"tokenizer: extended with {_codes_in(tokenizer)} depth codes, expected {codes}: use the tokenizer saved "
-                "with this codebook"
+                f"tokenizer: extended with {_codes_in(tokenizer)} depth codes, expected {codes}: use the tokenizer "
+                "saved with this codebook"
             )
         ids = [present[_CODE.format(code)] for code in range(codes)]
         if ids != list(range(ids[0], ids[0] + codes)):
@@ -91,7 +91,8 @@ class SpatialVocabulary:
         for token_id in ids:
             if token_id not in self.code_ids:
                 raise ValueError(
-                    f"token id: got {token_id}, expected a depth code's, {self.code_ids.start} to {self.code_ids.stop - 1}"
+                    f"token id: got {token_id}, expected a depth code's, "
+                    f"{self.code_ids.start} to {self.code_ids.stop - 1}"
                 )
         return [int(token_id) - self.first_code_id for token_id in ids]
 
