@@ -392,7 +392,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif item["type"] == "missing":
             yield f"'{where}' is missing: it has no default, set it"
         else:
-            yield f"'{where}' = {item['input']!r}: {item['msg']}" if where else item["msg"]
+            seen = "" if isinstance(item["input"], dict | list) else f" = {item['input']!r}"
+            yield f"'{where}'{seen}: {item['msg']}" if where else item["msg"]
 
 
 def _known_keys(model: type[BaseModel]) -> set[str]:
