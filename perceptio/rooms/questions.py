@@ -1,0 +1,256 @@
+"""All questions about one room, each with a unique right answer, drawn so that blind guesses are right by chance alone.
+
+Shape legend: C candidates, M blind guesses, O objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from perceptio.rooms.balance import Floats, draw, top_share
+from perceptio.rooms.expressions import Expression, Sight, expressions, look, names
+from perceptio.rooms.furniture import COLORS, KINDS
+from perceptio.rooms.points import ask_points
+from perceptio.rooms.room import Question, Room
+
+REFERRING = 4  # questions a room
+BOXES = 2
+FORMS = (
+    "Please segment {} in this image.",
+    "Segment {}.",
+    "Can you segment {} in this image?",
+    "Could you mark {} in the picture?",
+    "Please show me {} in this image.",
+    "Mark {} in this image, please.",
+    "Where is {} in this image? Answer with a mask.",
+    "Please outline {} in this picture.",
+    "I am looking for {} in this room. Please segment it.",
+    "Give me a mask of {}.",
+    "Please find {} in this room and mask it.",
+    "What belongs to {} in this image? Please respond with a mask.",
+    "Cut out {} in this picture.",
+    "Highlight {} in this image.",
+    "Which pixels show {} in this room? Mark them.",
+    "Return the segmentation of {} in this image.",
+)
+LETTERS = "ABCD"
+INSTRUCTION = "Answer with the option's letter from the given choices directly."
+# Text alone must not tell which of two objects is closer: a kind's usual rank in distance is balanced out as well.
+USUALLY_NEAR = KINDS
+
+
+def ask(room: Room) -> tuple[Question, ...]:
+    """All questions about a room: a pure function of the room, with its own random stream from (seed, index).
+
+    A question is left out where the room allows no unambiguous or no balanced one; which ones are left out never
+    depends on the answer.
+    """
+    rng = np.random.default_rng([room.seed, room.index, 0x5EE])
+    sight = look(room)
+    return (
+        *_referring(sight, rng),
+        *_boxes(sight, rng, room.instance_HW.shape),
+        *ask_points(room, rng),
+        *_distance(sight, rng),
+        *_count(sight, rng),
+        *_color(sight, rng),
+        *_exists(sight, rng),
+        *_compare(sight, rng),
+        *_choice(sight, rng),
+    )
+
+
+def _object_marks(sight: Sight, targets: list[int]) -> Floats:
+    """For each target, how far "the largest object" and "the most central object" name it."""
+    clear = np.flatnonzero(sight.clear_O)
+    out = -np.hypot(*(sight.center_O2[clear] - 0.5).T)
+    marks_O2 = np.zeros((len(sight.objects), 2))
+    marks_O2[clear, 0], marks_O2[clear, 1] = top_share(sight.pixels_O[clear]), top_share(out)
+    return marks_O2[targets]
+
+
+def _referring(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    pool = expressions(sight)
+    if not pool:
+        return
+    single = [(e, (e.target,)) for e in pool]
+    named = [e for e in pool if e.form in ("attribute", "size")]
+    double = [(Expression("pair", f"{a.text} and {b.text}", a.target), (a.target, b.target))
+              for a in named for b in named if a.target != b.target]  # fmt: skip
+    candidates = single + double
+    forms = [e.form for e, _ in candidates]
+    wish_C = np.array([1 / forms.count(form) for form in forms])
+    marks_C2 = np.stack([_object_marks(sight, list(objects)).mean(0) for _, objects in candidates])
+    chance_2 = np.full(2, 1 / sight.clear_O.sum())
+    prompts = rng.permutation(len(FORMS))
+    for k in range(REFERRING):
+        chosen = draw(rng, marks_C2, chance_2, wish_C)
+        if chosen is None:
+            return
+        expression, objects = candidates[chosen]
+        prompt = FORMS[prompts[k]].format(expression.text)
+        yield Question("referring", expression.form, prompt, "Sure.", expression.text, objects)
+
+
+def _boxes(sight: Sight, rng: np.random.Generator, shape: tuple[int, ...]) -> Iterator[Question]:
+    pool = [(text, i) for i, phrases in names(sight.objects).items() if sight.clear_O[i] for text in phrases]
+    marks_C2 = _object_marks(sight, [i for _, i in pool])
+    if not pool:
+        return
+    height, width = shape
+    seen = set()
+    for _ in range(BOXES):
+        chosen = draw(rng, marks_C2, np.full(2, 1 / sight.clear_O.sum()))
+        if chosen is None or chosen in seen:
+            return
+        seen.add(chosen)
+        text, i = pool[chosen]
+        x0, y0, x1, y1 = (int(v) * 100 // side for v, side in zip(sight.box_O4[i], (width, height) * 2, strict=True))
+        yield Question("box", "box", f"Where is {text}?", f"[[{x0}, {y0}, {x1}, {y1}]]", text, (i,))
+
+
+def _near_pair(sight: Sight, rng: np.random.Generator) -> tuple[tuple[int, str], tuple[int, str]] | None:
+    """Two named objects, the closer one first: as often the higher, smaller, less central or usually farther one."""
+    called = names(sight.objects, sized=False)
+    pairs_C2 = np.array([(a, b) for a, b in np.argwhere(sight.near_OO) if called[a] and called[b]], np.int64)
+    if not len(pairs_C2):
+        return None
+    near, far = pairs_C2.T
+    out_O = np.hypot(*(sight.center_O2 - 0.5).T)
+    rank_O = np.array([USUALLY_NEAR.index(o.kind) for o in sight.objects], np.float64)
+    guesses = (sight.center_O2[:, 1], sight.pixels_O, -out_O, -rank_O)
+    marks_CM = np.stack([(np.sign(g[near] - g[far]) + 1) / 2 for g in guesses], -1)
+    chosen = draw(rng, marks_CM, np.full(len(guesses), 0.5))
+    if chosen is None:
+        return None
+    a, b = (int(i) for i in pairs_C2[chosen])
+    return (a, str(rng.choice(called[a]))), (b, str(rng.choice(called[b])))
+
+
+def _distance(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    pair = _near_pair(sight, rng)
+    if pair:
+        texts = [text for _, text in pair]
+        first, second = rng.permutation(texts)
+        prompt = f"Which is closer to the camera, {first} or {second}?"
+        yield Question("distance", "pair", prompt, texts[0], choices=(str(first), str(second)))
+
+
+def _compare(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    """Yes or no: drawn first, then the two objects are named in the order that makes it so."""
+    sides = [(a, b) for a, b in np.argwhere(sight.left_OO)]
+    called = names(sight.objects, sized=False)
+    sides = [(a, b) for a, b in sides if called[a] and called[b]]
+    if sides:
+        a, b = sides[rng.integers(len(sides))]
+        texts = [str(rng.choice(called[a])), str(rng.choice(called[b]))]
+        yield _yes_no(rng, "left", "Is {} to the left of {}?", texts)
+    pair = _near_pair(sight, rng)
+    if pair:
+        yield _yes_no(rng, "closer", "Is {} closer to the camera than {}?", [text for _, text in pair])
+
+
+def _yes_no(rng: np.random.Generator, form: str, question: str, texts: list[str]) -> Question:
+    answer = bool(rng.integers(2))
+    prompt = question.format(*(texts if answer else texts[::-1]))
+    return Question("yes_no", form, prompt, "Yes" if answer else "No", choices=("Yes", "No"))
+
+
+def _exists(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    """Whether some object is there. Both answers ask for a kind that is there, so neither kind nor colour tells."""
+    if not sight.clear_O.any():
+        return
+    o = sight.objects[rng.choice(np.flatnonzero(sight.clear_O))]
+    absent = [c for c in COLORS if all(c != other.color for other in sight.objects if other.kind == o.kind)]
+    color, answer = (o.color, "Yes") if rng.integers(2) else (str(rng.choice(absent)), "No")
+    prompt = f"Is there {_a(color)} {o.kind} in this room?"
+    yield Question("yes_no", "exists", prompt, answer, choices=("Yes", "No"))
+
+
+def _count(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    """How many objects have a colour (0 to 2), or one of two colours (1 to 4): asked only if every answer can be drawn.
+
+    Colours are interchangeable in a room, kinds are not: a number of chairs could be guessed from the question alone.
+    """
+    if not sight.clear_O.all():
+        return
+    number = {c: sum(o.color == c for o in sight.objects) for c in COLORS}
+    one = dict(number)
+    two = {f"{c} or {d}": number[c] + number[d] for c in COLORS for d in COLORS if c != d}
+    for form, counts, answers in (("color", one, (0, 1, 2)), ("either", two, (1, 2, 3, 4))):
+        if set(answers) <= set(counts.values()):
+            answer = int(rng.choice(answers))
+            words = str(rng.choice([w for w, n in counts.items() if n == answer]))
+            choices = tuple(str(n) for n in answers)
+            yield Question("count", form, f"How many {words} objects are in this room?", str(answer), choices=choices)
+
+
+def _named_color(sight: Sight, rng: np.random.Generator) -> tuple[str, str] | None:
+    """A phrase without a colour that fits one object, and its colour: by chance that of the largest or most central."""
+    pool = [(text, i) for i, phrases in names(sight.objects).items() if sight.clear_O[i]
+            for text in phrases if sight.objects[i].color not in text.split()]  # fmt: skip
+    if not pool:
+        return None
+    clear = np.flatnonzero(sight.clear_O)
+    largest = clear[sight.pixels_O[clear].argmax()]
+    central = clear[np.hypot(*(sight.center_O2[clear] - 0.5).T).argmin()]
+    same = [[float(sight.objects[i].color == sight.objects[j].color) for j in (largest, central)] for _, i in pool]
+    chosen = draw(rng, np.array(same), np.full(2, 1 / len(COLORS)))
+    return None if chosen is None else (pool[chosen][0], sight.objects[pool[chosen][1]].color)
+
+
+def _color(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    found = _named_color(sight, rng)
+    if found:
+        yield Question("attribute", "color", f"What colour is {found[0]}?", found[1], choices=tuple(COLORS))
+
+
+def _choice(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    """One question with four options after MMBench: a colour, which object is there, or which is the closest."""
+    kind = int(rng.integers(3))
+    if kind == 0:
+        found = _named_color(sight, rng)
+        if found:
+            others = rng.permutation([c for c in COLORS if c != found[1]])[:3]
+            yield _options(rng, "color", f"What colour is {found[0]}?", found[1], [str(c) for c in others])
+    elif kind == 1 and sight.clear_O.any():
+        o = sight.objects[rng.choice(np.flatnonzero(sight.clear_O))]
+        absent = [c for c in COLORS if all(c != other.color for other in sight.objects if other.kind == o.kind)]
+        options = [f"{_a(str(c))} {o.kind}" for c in (o.color, *rng.permutation(absent)[:3])]
+        yield _options(rng, "exists", "Which of these is in this room?", options[0], options[1:])
+    elif kind == 2:
+        closest = _closest_of_four(sight, rng)
+        if closest:
+            yield _options(rng, "closest", "Which of these is the closest to the camera?", closest[0], closest[1:])
+
+
+def _closest_of_four(sight: Sight, rng: np.random.Generator) -> list[str] | None:
+    """Four named objects, the closest first."""
+    called = names(sight.objects, sized=False)
+    fours = []
+    for a in range(len(sight.objects)):
+        behind = [int(b) for b in np.flatnonzero(sight.near_OO[a]) if called[b]]
+        if called[a] and len(behind) >= 3:
+            fours += [(a, *(int(b) for b in rng.choice(behind, 3, replace=False))) for _ in range(30)]
+    if not fours:
+        return None
+    set_C4 = np.array(fours)
+    out_O = np.hypot(*(sight.center_O2 - 0.5).T)
+    rank_O = np.array([USUALLY_NEAR.index(o.kind) for o in sight.objects], np.float64)
+    guesses = (sight.center_O2[:, 1], sight.pixels_O, -out_O, -rank_O)
+    chosen = draw(rng, np.stack([top_share(g[set_C4])[:, 0] for g in guesses], -1), np.full(len(guesses), 0.25))
+    return None if chosen is None else [str(rng.choice(called[int(i)])) for i in fours[chosen]]
+
+
+def _options(rng: np.random.Generator, form: str, question: str, right: str, wrong: list[str]) -> Question:
+    order = rng.permutation(4)
+    options = [[right, *wrong][i] for i in order]
+    lines = [question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True)), INSTRUCTION]
+    answer = LETTERS[int(np.flatnonzero(order == 0)[0])]
+    return Question("choice", form, "\n".join(lines), answer, choices=tuple(LETTERS))
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
