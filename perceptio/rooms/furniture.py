@@ -137,7 +137,7 @@ def _stool(p: _Parts) -> Top:
     z = h * 0.35
     for y in (-inner, inner - 0.03):
         p.box((-inner + 0.01, inner - 0.01), (y + 0.002, y + 0.028), (z, z + 0.03), _WOOD)
-    return (-0.68 * r, 0.68 * r, -0.68 * r, 0.68 * r, h)
+    return (-0.85 * r, 0.85 * r, -0.85 * r, 0.85 * r, h)
 
 
 def _sofa(p: _Parts) -> Top:

@@ -225,14 +225,15 @@ def _on_top(rng: np.random.Generator, piece: furniture.Furniture, below: _Stand)
     if below.top is None:
         return None
     x0, x1, y0, y1, z = below.top
-    reach = float(np.hypot(piece.triangles_T33[..., 0], piece.triangles_T33[..., 1]).max())
-    if x1 - x0 < 1.6 * reach or y1 - y0 < 1.6 * reach:  # a little overhang is how things stand on stools
+    turn = float(rng.uniform(-math.pi, math.pi))  # against the support
+    turned = _moved(piece.triangles_T33, _Stand((0.0, 0.0), turn, None), 0.0)
+    low, high = turned.min(axis=(0, 1)), turned.max(axis=(0, 1))
+    if high[0] - low[0] > x1 - x0 or high[1] - low[1] > y1 - y0:
         return None
-    u = rng.uniform(x0 + reach, x1 - reach) if x1 - x0 > 2 * reach else (x0 + x1) / 2
-    v = rng.uniform(y0 + reach, y1 - reach) if y1 - y0 > 2 * reach else (y0 + y1) / 2
+    u, v = float(rng.uniform(x0 - low[0], x1 - high[0])), float(rng.uniform(y0 - low[1], y1 - high[1]))
     cos, sin = math.cos(below.yaw), math.sin(below.yaw)
     center = (below.center[0] + cos * u - sin * v, below.center[1] + sin * u + cos * v)
-    return _Stand(center, float(rng.uniform(-math.pi, math.pi)), None), z
+    return _Stand(center, below.yaw + turn, None), z
 
 
 def _moved(triangles_T33: furniture.Floats, stand: _Stand, z: float) -> furniture.Floats:

@@ -135,7 +135,7 @@ class Scene:
             light_R += self._lit(light, number, starts_R3, normals_R3)
         rgb_R3 = self.rgb_T3[triangle_R]
         for face, surface in enumerate(self.layout.surfaces):
-            on = np.flatnonzero(triangle_R // 2 == face)
+            on = np.flatnonzero(triangle_R == face)
             rgb_R3[on] = _painted(surface, points_R3[on], face)
         shaded_R3: Floats = rgb_R3 * light_R[:, None]
         return shaded_R3
@@ -157,15 +157,13 @@ class Scene:
 
 
 def _shell(extent: tuple[float, float, float]) -> Floats:
-    """The room's box, two triangles per face, in the order of `Layout.surfaces`."""
+    """The room's box in the order of `Layout.surfaces`, as one oversized triangle per face: no seam can leak a ray."""
     faces = []
     for axis in (2, 0, 1):
         for side in (0, 1):
-            corners = np.zeros((4, 3), np.float32)
-            others = [a for a in range(3) if a != axis]
-            corners[:, others] = [(0, 0), (1, 0), (1, 1), (0, 1)]
-            corners[:, axis] = side
-            faces += [corners[[0, 1, 2]], corners[[0, 2, 3]]]
+            corners = np.full((3, 3), side, np.float32)
+            corners[:, [a for a in range(3) if a != axis]] = [(-1, -1), (4, -1), (-1, 4)]
+            faces.append(corners)
     return np.stack(faces) * np.asarray(extent, np.float32)
 
 
