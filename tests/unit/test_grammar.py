@@ -1,0 +1,64 @@
+"""The reply's grammar: what may follow, what is read, what is called malformed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perceptio.grammar import Phase, ReplyGrammar, State
+from perceptio.vocabulary import SpatialVocabulary
+
+VOCABULARY = SpatialVocabulary(seg_id=10, depth_start_id=11, depth_end_id=15, first_code_id=12, codes=3)
+SEG, START, END, WORD = 10, 11, 15, 1
+GRAMMAR = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2)
+
+
+def test_a_whole_reply_is_read() -> None:
+    reply = GRAMMAR.parse([SEG, SEG, START, 12, 14, END, WORD, 2])
+    assert reply.well_formed
+    assert (reply.objects, reply.codes, reply.text_ids) == (2, (0, 2), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([START, 12, END], "position 2"),
+        ([START, 12], "1 of 2 codes"),
+        ([START, 12, 13], "2 of 2 codes"),
+        ([START, 12, 13, 14], "position 3"),
+        ([WORD, SEG], "position 1"),
+        ([WORD, 12], "position 1"),
+        ([SEG, SEG, SEG], "position 2"),
+        ([START, 12, 13, END, START], "position 4"),
+    ],
+)
+def test_a_malformed_reply_says_where(ids: list[int], message: str) -> None:
+    reply = GRAMMAR.parse(ids)
+    assert not reply.well_formed
+    assert message in reply.problem
+
+
+def test_parts_are_demanded_and_forbidden() -> None:
+    demanded = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2, segmentation="on", depth="on")
+    first = demanded.allowed(State())
+    assert (first.seg, first.depth_start, first.text) == (True, False, False)
+    second = demanded.allowed(State(Phase.OBJECTS, objects=1))
+    assert (second.seg, second.depth_start, second.text) == (True, True, False)
+    forbidden = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2, segmentation="off", depth="off").allowed(State())
+    assert (forbidden.seg, forbidden.depth_start, forbidden.text) == (False, False, True)
+    assert demanded.parse([SEG]).problem == "the reply ends before a demanded part"
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.sampled_from(["auto", "on", "off"]))
+def test_whatever_follows_the_grammar_parses_well(choices: list[int], depth: str) -> None:
+    grammar = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2, depth=depth)  # type: ignore[arg-type]
+    state, ids = State(), []
+    for choice in choices:
+        allowed = grammar.allowed(state)
+        options = [SEG] * allowed.seg + [START] * allowed.depth_start + [END] * allowed.depth_end
+        options += [12, 13, 14] * allowed.codes + [WORD] * allowed.text
+        ids.append(options[choice % len(options)])
+        state = grammar.advance(state, ids[-1])
+    problem = grammar.parse(ids).problem
+    assert "position" not in problem  # it may end early, but never break the order
