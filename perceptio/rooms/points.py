@@ -1,7 +1,6 @@
 """Lettered points drawn into a room, after HardBLINK: which one is the closest to the camera?
 
-Shape legend: H, W image height and width; P possible pixels; R regions (objects, and bands of the background);
-S sets of points tried; N points of a set; M blind guesses.
+Shape legend: H, W image height and width; P possible pixels; S sets of points tried; N points of a set.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ PROMPT = (
     "Which point is the closest to the camera?"
 )
 LETTERS = "ABCDE"
-MARGIN = 1.12  # depth of the second closest point over that of the closest
-FLAT = 1.04  # largest ratio of depths around a point: no depth edge, no slanting surface seen edge-on
-SETS = 1500
-PIXELS = 8  # tried per region
-_BANDS = 3  # the background is cut into bands by height, so that it can hold more than one point
+MARGIN = 1.10  # depth of the second closest point over that of the closest
+FLAT = 1.08  # largest ratio of depths around a point: no depth edge, no slanting surface seen edge-on
+GAP = 0.15  # least distance between two points, in x or y, as a share of the image's shorter side
+SETS = 500  # tried
+PIXELS = 18  # tried per object
+CELLS = 4  # the background is cut into 4 x 4 regions
 
 _GLYPHS = {  # 5 x 7 bitmaps, one row a number
     "A": (14, 17, 17, 31, 17, 17, 17),
@@ -36,13 +36,13 @@ _GLYPHS = {  # 5 x 7 bitmaps, one row a number
 
 @dataclass(frozen=True)
 class _Pixels:
-    """Pixels at which a point may be drawn, grouped by region."""
+    """Pixels at which a point may be drawn: flat surface, away from the image's edge."""
 
     xy_P2: npt.NDArray[np.int64]
+    region_P: npt.NDArray[np.int64]  # a set holds at most one point of each region
     z_P: Floats
-    size_P: Floats  # visible pixels of the object (or of the background) that the pixel shows
-    start_R: npt.NDArray[np.int64]  # first pixel of each region
-    count_R: npt.NDArray[np.int64]
+    size_P: Floats  # visible pixels of the object that the pixel shows, 0 on the background
+    out_P: Floats  # distance from the image's middle
 
 
 def ask_points(room: Room, rng: np.random.Generator) -> list[Question]:
@@ -56,78 +56,79 @@ def ask_points(room: Room, rng: np.random.Generator) -> list[Question]:
         points_xy, closest = chosen
         letters = tuple(f"({letter})" for letter in LETTERS[:n])
         image_HW3 = draw_points(room.rgb_HW3, points_xy)
-        found.append(
-            Question("points", f"points_{n}", PROMPT, letters[closest], choices=letters, points_xy=points_xy,
-                     image_HW3=image_HW3)
-        )  # fmt: skip
+        found.append(Question("points", f"points_{n}", PROMPT, letters[closest], "", (), letters, points_xy, image_HW3))
     return found
 
 
 def _possible_pixels(room: Room, rng: np.random.Generator) -> _Pixels:
     height, width = room.depth_HW.shape
-    region_HW = room.instance_HW.astype(np.int64)
-    bands_H = np.arange(height) * _BANDS // height
-    region_HW = np.where(region_HW == BACKGROUND, len(room.objects) + bands_H[:, None], region_HW)
-    edge, reach = max(2, round(0.06 * min(height, width))), max(1, round(0.012 * min(height, width)))
+    side = min(height, width)
+    edge, reach = max(2, round(0.06 * side)), max(1, round(0.012 * side))
+    cells_HW = (np.arange(height) * CELLS // height)[:, None] * CELLS + np.arange(width) * CELLS // width
+    region_HW = np.where(room.instance_HW == BACKGROUND, len(room.objects) + cells_HW, room.instance_HW)
     inner = region_HW[edge:-edge, edge:-edge]
     order = rng.permutation(inner.size)
-    sorted_ = order[np.argsort(inner.ravel()[order], kind="stable")]
-    labels = inner.ravel()[sorted_]
-    rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
-    y, x = np.divmod(sorted_[rank < PIXELS], inner.shape[1])
+    order = order[np.argsort(inner.ravel()[order], kind="stable")]
+    labels = inner.ravel()[order]
+    share = np.where(labels < len(room.objects), PIXELS, PIXELS // 3)  # the background has more regions
+    y, x = np.divmod(order[np.arange(len(labels)) - np.searchsorted(labels, labels) < share], inner.shape[1])
     y, x = y + edge, x + edge
     around = np.arange(-reach, reach + 1)
-    window = (y[:, None, None] + around[:, None], x[:, None, None] + around[None])
+    window = (y[:, None, None] + around[:, None], x[:, None, None] + around)
     z_around, same = room.depth_HW[window], room.instance_HW[window] == room.instance_HW[y, x][:, None, None]
     good = same.all((1, 2)) & (z_around.max((1, 2)) <= FLAT * z_around.min((1, 2)))
     y, x = y[good], x[good]
-    start_R = np.unique(region_HW[y, x], return_index=True)[1]
-    background = (room.instance_HW == BACKGROUND).sum()
-    sizes = np.append(np.asarray(room.visible_pixels, np.float64), background)  # index -1 is the background
-    count_R = np.diff(np.append(start_R, len(x)))
+    sizes = np.array([*room.visible_pixels, 0.0])  # index -1 is the background
+    out_P = np.hypot(x - width / 2, y - height / 2)
     z_P = room.depth_HW[y, x].astype(np.float64)
-    return _Pixels(np.stack([x, y], -1), z_P, sizes[room.instance_HW[y, x]], start_R, count_R)
+    return _Pixels(np.stack([x, y], -1), region_HW[y, x], z_P, sizes[room.instance_HW[y, x]], out_P)
 
 
 def _choose(
     room: Room, rng: np.random.Generator, pixels: _Pixels, n: int
 ) -> tuple[tuple[tuple[int, int], ...], int] | None:
     """Points in letter order and the place of the closest; the letters are a random order, so each is as likely."""
-    height, width = room.depth_HW.shape
-    regions = len(pixels.start_R)
-    if regions < n:
-        return None
-    which_SR = pixels.start_R + (rng.random((SETS, regions)) * pixels.count_R).astype(np.int64)
-    some_SN = np.argsort(rng.random((SETS, regions)), axis=1)[:, :n]
-    set_SN = np.take_along_axis(which_SR, some_SN, axis=1)
-    z_SN = np.sort(pixels.z_P[set_SN], axis=1)
-    xy_SN2 = pixels.xy_P2[set_SN]
-    gap_SNN = np.abs(xy_SN2[:, :, None] - xy_SN2[:, None]).max(-1) + 10 * max(height, width) * np.eye(n, dtype=np.int64)
-    keep = (z_SN[:, 1] >= MARGIN * z_SN[:, 0]) & (gap_SNN.min((1, 2)) >= 0.15 * min(height, width))
-    set_SN = set_SN[keep]
-    if not len(set_SN):
-        return None
-    closest_S = pixels.z_P[set_SN].argmin(1)
-    chosen = draw(rng, _marks(pixels, set_SN, closest_S, (width / 2, height / 2)), np.full(6, 1 / n))
+    set_SN = _sets(rng, pixels, n, GAP * min(room.depth_HW.shape))
+    chosen = draw(rng, _marks(pixels, set_SN), np.full(6, 1 / n))
     if chosen is None:
         return None
     order = rng.permutation(n)
     points = tuple((int(x), int(y)) for x, y in pixels.xy_P2[set_SN[chosen]][order])
-    return points, int(np.flatnonzero(order == closest_S[chosen])[0])
+    return points, int(np.flatnonzero(order == 0)[0])
 
 
-def _marks(
-    pixels: _Pixels,
-    set_SN: npt.NDArray[np.int64],
-    closest_S: npt.NDArray[np.int64],
-    middle_xy: tuple[float, float],
-) -> Floats:
-    """How far six blind guesses name the closest point: lowest, highest, most and least central, largest, smallest."""
-    y_SN = pixels.xy_P2[set_SN][..., 1].astype(np.float64)
-    out_SN = np.hypot(*np.moveaxis(pixels.xy_P2[set_SN] - np.asarray(middle_xy), -1, 0))
-    size_SN = pixels.size_P[set_SN]
-    guesses = (y_SN, -y_SN, -out_SN, out_SN, size_SN, -size_SN)
-    return np.stack([np.take_along_axis(top_share(g), closest_S[:, None], 1)[:, 0] for g in guesses], -1)
+def _sets(rng: np.random.Generator, pixels: _Pixels, n: int, gap: float) -> npt.NDArray[np.int64]:
+    """Sets of points, the closest first. Sets in which a blind guess fails are rare, so they are looked for.
+
+    Each try takes a closest point and wishes it extreme or not in height, centrality and size of its object; the
+    others are drawn from the pixels that fit the wish and are farther away from the camera by the margin.
+    """
+    count = len(pixels.z_P)
+    if count < n:
+        return np.zeros((0, n), np.int64)
+    closest_S = rng.integers(count, size=SETS)
+    fits_SP = pixels.z_P >= MARGIN * pixels.z_P[closest_S][:, None]
+    for value_P in (pixels.xy_P2[:, 1], pixels.out_P, pixels.size_P):
+        wish_S1 = rng.integers(-1, 2, size=(SETS, 1))  # the closest point is to have the least, any, the largest
+        fits_SP &= wish_S1 * (value_P[closest_S][:, None] - value_P) >= 0
+    set_SN = np.empty((SETS, n), np.int64)
+    set_SN[:, 0] = closest_S
+    for k in range(n):
+        if k:
+            keys_SP = np.where(fits_SP, rng.random(fits_SP.shape, np.float32), 0)
+            set_SN[:, k] = keys_SP.argmax(1)
+            good_S = keys_SP.max(1) > 0
+            set_SN, fits_SP = set_SN[good_S], fits_SP[good_S]
+        last_S = set_SN[:, k]
+        apart_SP = np.abs(pixels.xy_P2 - pixels.xy_P2[last_S][:, None]).max(-1) >= gap
+        fits_SP &= apart_SP & (pixels.region_P != pixels.region_P[last_S][:, None])
+    return set_SN
+
+
+def _marks(pixels: _Pixels, set_SN: npt.NDArray[np.int64]) -> Floats:
+    """How far six blind guesses name the closest point: lowest, highest, least and most central, largest, smallest."""
+    y_SN, out_SN, size_SN = pixels.xy_P2[set_SN][..., 1].astype(float), pixels.out_P[set_SN], pixels.size_P[set_SN]
+    return np.stack([top_share(g)[:, 0] for g in (y_SN, -y_SN, out_SN, -out_SN, size_SN, -size_SN)], -1)
 
 
 def draw_points(rgb_HW3: npt.NDArray[np.uint8], points_xy: tuple[tuple[int, int], ...]) -> npt.NDArray[np.uint8]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from perceptio.rooms.balance import Floats, draw, top_share
-from perceptio.rooms.expressions import Expression, Sight, expressions, look, names
-from perceptio.rooms.furniture import COLORS, KINDS
+from perceptio.rooms.expressions import Bools, Expression, Sight, expressions, look, names
+from perceptio.rooms.furniture import COLORS
 from perceptio.rooms.points import ask_points
 from perceptio.rooms.room import Question, Room
 
@@ -37,8 +37,14 @@ FORMS = (
 )
 LETTERS = "ABCD"
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-# Text alone must not tell which of two objects is closer: a kind's usual rank in distance is balanced out as well.
-USUALLY_NEAR = KINDS
+DISTANCES = 2
+CHOICES = 2
+# Kinds by their usual distance, nearest first: text alone must not tell which of two objects is closer, so a draw makes
+# the usual order as often wrong as right.
+USUALLY_NEAR = (
+    "mug", "vase", "stool", "ball", "lamp", "cone", "chair", "rug", "box", "cabinet", "table", "sofa", "bed",
+    "bookcase",
+)  # fmt: skip
 
 
 def ask(room: Room) -> tuple[Question, ...]:
@@ -111,13 +117,15 @@ def _boxes(sight: Sight, rng: np.random.Generator, shape: tuple[int, ...]) -> It
         yield Question("box", "box", f"Where is {text}?", f"[[{x0}, {y0}, {x1}, {y1}]]", text, (i,))
 
 
-def _near_pair(sight: Sight, rng: np.random.Generator) -> tuple[tuple[int, str], tuple[int, str]] | None:
+def _near_pair(
+    sight: Sight, rng: np.random.Generator, allowed_OO: Bools
+) -> tuple[tuple[int, str], tuple[int, str]] | None:
     """Two named objects, the closer one first: as often the higher, smaller, less central or usually farther one."""
     called = names(sight.objects, sized=False)
-    pairs_C2 = np.array([(a, b) for a, b in np.argwhere(sight.near_OO) if called[a] and called[b]], np.int64)
-    if not len(pairs_C2):
+    pairs = [(int(a), int(b)) for a, b in np.argwhere(sight.near_OO & allowed_OO) if called[a] and called[b]]
+    if not pairs:
         return None
-    near, far = pairs_C2.T
+    near, far = np.array(pairs).T
     out_O = np.hypot(*(sight.center_O2 - 0.5).T)
     rank_O = np.array([USUALLY_NEAR.index(o.kind) for o in sight.objects], np.float64)
     guesses = (sight.center_O2[:, 1], sight.pixels_O, -out_O, -rank_O)
@@ -125,29 +133,29 @@ def _near_pair(sight: Sight, rng: np.random.Generator) -> tuple[tuple[int, str],
     chosen = draw(rng, marks_CM, np.full(len(guesses), 0.5))
     if chosen is None:
         return None
-    a, b = (int(i) for i in pairs_C2[chosen])
+    a, b = pairs[chosen]
     return (a, str(rng.choice(called[a]))), (b, str(rng.choice(called[b])))
 
 
 def _distance(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
-    pair = _near_pair(sight, rng)
-    if pair:
-        texts = [text for _, text in pair]
-        first, second = rng.permutation(texts)
-        prompt = f"Which is closer to the camera, {first} or {second}?"
-        yield Question("distance", "pair", prompt, texts[0], choices=(str(first), str(second)))
+    for _ in range(DISTANCES):
+        pair = _near_pair(sight, rng, ~np.eye(len(sight.objects), dtype=bool))
+        if pair:
+            texts = [text for _, text in pair]
+            first, second = (str(text) for text in rng.permutation(texts))
+            prompt = f"Which is closer to the camera, {first} or {second}?"
+            yield Question("distance", "pair", prompt, texts[0], choices=(first, second))
 
 
 def _compare(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
     """Yes or no: drawn first, then the two objects are named in the order that makes it so."""
-    sides = [(a, b) for a, b in np.argwhere(sight.left_OO)]
     called = names(sight.objects, sized=False)
-    sides = [(a, b) for a, b in sides if called[a] and called[b]]
+    sides = [(int(a), int(b)) for a, b in np.argwhere(sight.left_OO) if called[a] and called[b]]
     if sides:
         a, b = sides[rng.integers(len(sides))]
         texts = [str(rng.choice(called[a])), str(rng.choice(called[b]))]
         yield _yes_no(rng, "left", "Is {} to the left of {}?", texts)
-    pair = _near_pair(sight, rng)
+    pair = _near_pair(sight, rng, ~np.eye(len(sight.objects), dtype=bool))
     if pair:
         yield _yes_no(rng, "closer", "Is {} closer to the camera than {}?", [text for _, text in pair])
 
@@ -208,40 +216,46 @@ def _color(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def _choice(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
-    """One question with four options after MMBench: a colour, which object is there, or which is the closest."""
-    kind = int(rng.integers(3))
-    if kind == 0:
-        found = _named_color(sight, rng)
-        if found:
-            others = rng.permutation([c for c in COLORS if c != found[1]])[:3]
-            yield _options(rng, "color", f"What colour is {found[0]}?", found[1], [str(c) for c in others])
-    elif kind == 1 and sight.clear_O.any():
-        o = sight.objects[rng.choice(np.flatnonzero(sight.clear_O))]
-        absent = [c for c in COLORS if all(c != other.color for other in sight.objects if other.kind == o.kind)]
-        options = [f"{_a(str(c))} {o.kind}" for c in (o.color, *rng.permutation(absent)[:3])]
-        yield _options(rng, "exists", "Which of these is in this room?", options[0], options[1:])
-    elif kind == 2:
-        closest = _closest_of_four(sight, rng)
-        if closest:
-            yield _options(rng, "closest", "Which of these is the closest to the camera?", closest[0], closest[1:])
+    """Questions with four options after MMBench, each of another form."""
+    makers = (_which_color, _which_exists, _which_place)
+    found = [question for i in rng.permutation(len(makers)) if (question := makers[i](sight, rng))]
+    yield from found[:CHOICES]
 
 
-def _closest_of_four(sight: Sight, rng: np.random.Generator) -> list[str] | None:
-    """Four named objects, the closest first."""
-    called = names(sight.objects, sized=False)
-    fours = []
-    for a in range(len(sight.objects)):
-        behind = [int(b) for b in np.flatnonzero(sight.near_OO[a]) if called[b]]
-        if called[a] and len(behind) >= 3:
-            fours += [(a, *(int(b) for b in rng.choice(behind, 3, replace=False))) for _ in range(30)]
-    if not fours:
+def _which_color(sight: Sight, rng: np.random.Generator) -> Question | None:
+    found = _named_color(sight, rng)
+    if not found:
         return None
-    set_C4 = np.array(fours)
-    out_O = np.hypot(*(sight.center_O2 - 0.5).T)
-    rank_O = np.array([USUALLY_NEAR.index(o.kind) for o in sight.objects], np.float64)
-    guesses = (sight.center_O2[:, 1], sight.pixels_O, -out_O, -rank_O)
-    chosen = draw(rng, np.stack([top_share(g[set_C4])[:, 0] for g in guesses], -1), np.full(len(guesses), 0.25))
-    return None if chosen is None else [str(rng.choice(called[int(i)])) for i in fours[chosen]]
+    others = rng.permutation([c for c in COLORS if c != found[1]])[:3]
+    return _options(rng, "color", f"What colour is {found[0]}?", found[1], [str(c) for c in others])
+
+
+def _which_exists(sight: Sight, rng: np.random.Generator) -> Question | None:
+    if not sight.clear_O.any():
+        return None
+    o = sight.objects[rng.choice(np.flatnonzero(sight.clear_O))]
+    absent = [c for c in COLORS if all(c != other.color for other in sight.objects if other.kind == o.kind)]
+    options = [f"{_a(str(c))} {o.kind}" for c in (o.color, *rng.permutation(absent)[:3])]
+    return (
+        _options(rng, "exists", "Which of these is in this room?", options[0], options[1:])
+        if len(options) > 3
+        else None
+    )
+
+
+def _which_place(sight: Sight, rng: np.random.Generator) -> Question | None:
+    """Where one object stands to another, as the camera sees them: side and distance, each as likely."""
+    pair = _near_pair(sight, rng, sight.left_OO | sight.left_OO.T)
+    if not pair:
+        return None
+    swapped = bool(rng.integers(2))
+    (a, first), (b, second) = pair[::-1] if swapped else pair
+    depth, side = ("farther away" if swapped else "closer"), ("left" if sight.left_OO[a, b] else "right")
+    options = {(d, s): f"{d} and to the {s}" for d in ("closer", "farther away") for s in ("left", "right")}
+    right = options.pop((depth, side))
+    return _options(
+        rng, "place", f"Seen from the camera, where is {first} compared with {second}?", right, [*options.values()]
+    )
 
 
 def _options(rng: np.random.Generator, form: str, question: str, right: str, wrong: list[str]) -> Question:
