@@ -1,7 +1,8 @@
 """The named terms of the objective, each a small pure function.
 
-Every function returns a *sum* over its tokens or samples; the trainer divides by the counts of the whole global batch,
-which it knows before the first backward, so that neither world size nor accumulation changes the result.
+Every function returns one value per token, sample or mask; the trainer sums them, by data set too, and divides by the
+counts of the whole global batch, which it knows before the first backward, so that neither world size nor accumulation
+changes the result.
 
 Shape legend: P supervised positions, V vocabulary, K codes, N depth tokens, B samples, M masks, H, W pixels, S points.
 """
@@ -13,33 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_cross_entropy(logits_PV: Tensor, targets_P: Tensor, chosen_P: Tensor) -> Tensor:
-    """Sum of -log p(target) over the chosen positions: the text, marker and token terms (METHOD.md: reconstruction).
-
-    `chosen_P` is boolean; computed in fp32; 0 (connected to the graph) where nothing is chosen.
-    """
-    chosen_QV = logits_PV[chosen_P].float()
-    return F.cross_entropy(chosen_QV, targets_P[chosen_P], reduction="sum")
+def token_cross_entropy(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
+    """-log p(target) per position: [P], in fp32 or better; the text, marker and token terms choose among them."""
+    return F.cross_entropy(_precise(logits_PV), targets_P, reduction="none")
 
 
 def count(
     logits_PV: Tensor, depth_P: Tensor, sample_P: Tensor, *, samples: int, first_code: int, codes: int, tokens: int
 ) -> Tensor:
-    """Sum over samples of ((|D| - n_in) / N)^2 + (n_out / N)^2, the count term (METHOD.md: reconstruction).
+    """((|D| - n_in) / N)^2 + (n_out / N)^2 per sample: [B], the count term (reconstruction).
 
     D are the positions of a sample whose target is a depth code (`depth_P`); n_in is the probability mass on codes
     summed over D, n_out the same over the sample's other reply positions. Zero exactly when every depth position
     carries all its mass on codes and no other position any. `sample_P` in [0, samples) names each position's sample;
-    samples without a depth block are left out.
+    samples without a depth block give 0.
     """
-    log_p_PV = torch.log_softmax(logits_PV.float() if logits_PV.dtype != torch.float64 else logits_PV, dim=-1)
+    log_p_PV = torch.log_softmax(_precise(logits_PV), dim=-1)
     mass_P = log_p_PV[:, first_code : first_code + codes].exp().sum(-1)
     zeros_B = mass_P.new_zeros(samples)
     missing_B = zeros_B.index_add(0, sample_P, torch.where(depth_P, 1 - mass_P, 0.0))
     misplaced_B = zeros_B.index_add(0, sample_P, torch.where(depth_P, 0.0, mass_P))
     has_depth_B = zeros_B.index_add(0, sample_P, depth_P.to(zeros_B.dtype)) > 0
     penalty_B = (missing_B / tokens) ** 2 + (misplaced_B / tokens) ** 2
-    return torch.where(has_depth_B, penalty_B, 0.0).sum()
+    return torch.where(has_depth_B, penalty_B, 0.0)
 
 
 def gradient_difference(a_BHW: Tensor, b_BHW: Tensor) -> Tensor:
@@ -51,7 +48,7 @@ def gradient_difference(a_BHW: Tensor, b_BHW: Tensor) -> Tensor:
 
 
 def depth_reconstruction(predicted_BHW: Tensor, target_BHW: Tensor, *, gradient: float) -> Tensor:
-    """Sum over samples of mean |predicted - target| + gradient * gradient difference, in inv_depth.
+    """Mean |predicted - target| + gradient * gradient difference per sample: [B], in inv_depth.
 
     The soft-merging term (paper; its form: reconstruction, after AiT): `predicted_BHW` is the map that the model's
     distribution over codes implies. Raises ValueError where the shapes differ.
@@ -61,7 +58,7 @@ def depth_reconstruction(predicted_BHW: Tensor, target_BHW: Tensor, *, gradient:
             f"depth maps differ in shape: predicted {tuple(predicted_BHW.shape)}, target {tuple(target_BHW.shape)}"
         )
     l1_B = (predicted_BHW - target_BHW).abs().mean(dim=(1, 2))
-    return (l1_B + gradient * gradient_difference(predicted_BHW, target_BHW)).sum()
+    return l1_B + gradient * gradient_difference(predicted_BHW, target_BHW)
 
 
 def sample_points(
@@ -90,12 +87,17 @@ def values_at(maps_MHW: Tensor, points_MS2: Tensor) -> Tensor:
 
 
 def mask_bce(logits_MS: Tensor, targets_MS: Tensor) -> Tensor:
-    """Sum over masks of the mean binary cross-entropy at the sampled points (lineage: Sa2VA)."""
-    return F.binary_cross_entropy_with_logits(logits_MS.float(), targets_MS.float(), reduction="none").mean(1).sum()
+    """Mean binary cross-entropy at the sampled points, per mask: [M] (lineage: Sa2VA)."""
+    per_point_MS = F.binary_cross_entropy_with_logits(_precise(logits_MS), targets_MS.float(), reduction="none")
+    return per_point_MS.mean(1)
 
 
 def mask_dice(logits_MS: Tensor, targets_MS: Tensor) -> Tensor:
-    """Sum over masks of 1 - (2 |p t| + 1) / (|p| + |t| + 1) at the sampled points (lineage: Sa2VA)."""
-    p_MS, t_MS = logits_MS.float().sigmoid(), targets_MS.float()
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) at the sampled points, per mask: [M] (lineage: Sa2VA)."""
+    p_MS, t_MS = _precise(logits_MS).sigmoid(), targets_MS.float()
     overlap_M = 2 * (p_MS * t_MS).sum(1) + 1
-    return (1 - overlap_M / (p_MS.sum(1) + t_MS.sum(1) + 1)).sum()
+    return 1 - overlap_M / (p_MS.sum(1) + t_MS.sum(1) + 1)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

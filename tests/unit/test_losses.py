@@ -28,22 +28,19 @@ def count_of(logits_PV: torch.Tensor, depth: list[bool], sample: list[int] | Non
         first_code=FIRST,
         codes=CODES,
         tokens=TOKENS,
-    )
+    ).sum()
 
 
 def test_cross_entropy_by_hand() -> None:
-    logits_PV = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]))
-    total = losses.token_cross_entropy(logits_PV, torch.tensor([1, 0, 0]), torch.tensor([True, True, False]))
-    assert total.item() == pytest.approx(-math.log(0.75) - math.log(0.5), rel=1e-6)
+    logits_PV = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    values_P = losses.token_cross_entropy(logits_PV, torch.tensor([1, 0]))
+    assert values_P.tolist() == pytest.approx([-math.log(0.75), -math.log(0.5)], rel=1e-6)
 
 
 def test_cross_entropy_of_nothing_is_zero_and_connected() -> None:
-    logits_PV = torch.randn(3, 5, requires_grad=True)
-    total = losses.token_cross_entropy(logits_PV, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.bool))
-    total.backward()
-    assert total.item() == 0
+    logits_PV = torch.randn(0, 5, requires_grad=True)
+    losses.token_cross_entropy(logits_PV, torch.zeros(0, dtype=torch.long)).sum().backward()
     assert logits_PV.grad is not None
-    assert logits_PV.grad.abs().sum() == 0
 
 
 def test_count_is_zero_exactly_on_a_well_formed_distribution() -> None:
@@ -95,7 +92,7 @@ def test_reconstruction_by_hand_and_shape_error() -> None:
     predicted_BHW = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
     target_BHW = torch.zeros(1, 2, 2, dtype=torch.float64)
     # L1 0.5; horizontal gradient 1, vertical 0
-    assert losses.depth_reconstruction(predicted_BHW, target_BHW, gradient=0.5).item() == pytest.approx(1.0)
+    assert losses.depth_reconstruction(predicted_BHW, target_BHW, gradient=0.5).tolist() == [pytest.approx(1.0)]
     with pytest.raises(ValueError, match=r"\(1, 2, 2\).*\(1, 3, 2\)"):
         losses.depth_reconstruction(predicted_BHW, torch.zeros(1, 3, 2), gradient=0.5)
 
@@ -127,6 +124,6 @@ def test_mask_terms_by_hand() -> None:
 @pytest.mark.parametrize("term", [losses.mask_bce, losses.mask_dice])
 def test_mask_terms_of_no_masks_are_zero_and_connected(term) -> None:  # type: ignore[no-untyped-def]
     logits_MS = torch.zeros(0, 4, requires_grad=True)
-    total = term(logits_MS, torch.zeros(0, 4))
+    total = term(logits_MS, torch.zeros(0, 4)).sum()
     total.backward()
     assert total.item() == 0
