@@ -70,7 +70,7 @@ def _possible_pixels(room: Room, rng: np.random.Generator) -> _Pixels:
     order = rng.permutation(inner.size)
     order = order[np.argsort(inner.ravel()[order], kind="stable")]
     labels = inner.ravel()[order]
-    share = np.where(labels < len(room.objects), PIXELS, PIXELS // 3)  # the background has more regions
+    share = np.where(labels < len(room.objects), PIXELS, PIXELS // 4)  # the background has more regions
     y, x = np.divmod(order[np.arange(len(labels)) - np.searchsorted(labels, labels) < share], inner.shape[1])
     y, x = y + edge, x + edge
     around = np.arange(-reach, reach + 1)
@@ -89,7 +89,8 @@ def _choose(
 ) -> tuple[tuple[tuple[int, int], ...], int] | None:
     """Points in letter order and the place of the closest; the letters are a random order, so each is as likely."""
     set_SN = _sets(rng, pixels, n, GAP * min(room.depth_HW.shape))
-    chosen = draw(rng, _marks(pixels, set_SN), np.full(6, 1 / n))
+    wish_S = 3.0 ** (pixels.size_P[set_SN] > 0).sum(1)  # points on objects rather than on bare walls
+    chosen = draw(rng, _marks(pixels, set_SN), np.full(6, 1 / n), wish_S)
     if chosen is None:
         return None
     order = rng.permutation(n)
@@ -106,9 +107,12 @@ def _sets(rng: np.random.Generator, pixels: _Pixels, n: int, gap: float) -> npt.
     count = len(pixels.z_P)
     if count < n:
         return np.zeros((0, n), np.int64)
+    x_P, y_P = pixels.xy_P2.T
+    together_PP = (np.abs(x_P[:, None] - x_P) >= gap) | (np.abs(y_P[:, None] - y_P) >= gap)
+    together_PP &= pixels.region_P[:, None] != pixels.region_P
     closest_S = rng.integers(count, size=SETS)
     fits_SP = pixels.z_P >= MARGIN * pixels.z_P[closest_S][:, None]
-    for value_P in (pixels.xy_P2[:, 1], pixels.out_P, pixels.size_P):
+    for value_P in (y_P, pixels.out_P, pixels.size_P):
         wish_S1 = rng.integers(-1, 2, size=(SETS, 1))  # the closest point is to have the least, any, the largest
         fits_SP &= wish_S1 * (value_P[closest_S][:, None] - value_P) >= 0
     set_SN = np.empty((SETS, n), np.int64)
@@ -119,9 +123,7 @@ def _sets(rng: np.random.Generator, pixels: _Pixels, n: int, gap: float) -> npt.
             set_SN[:, k] = keys_SP.argmax(1)
             good_S = keys_SP.max(1) > 0
             set_SN, fits_SP = set_SN[good_S], fits_SP[good_S]
-        last_S = set_SN[:, k]
-        apart_SP = np.abs(pixels.xy_P2 - pixels.xy_P2[last_S][:, None]).max(-1) >= gap
-        fits_SP &= apart_SP & (pixels.region_P != pixels.region_P[last_S][:, None])
+        fits_SP &= together_PP[set_SN[:, k]]
     return set_SN
 
 
@@ -134,22 +136,28 @@ def _marks(pixels: _Pixels, set_SN: npt.NDArray[np.int64]) -> Floats:
 def draw_points(rgb_HW3: npt.NDArray[np.uint8], points_xy: tuple[tuple[int, int], ...]) -> npt.NDArray[np.uint8]:
     """A copy of the image with a circle at each point and its letter on a white disc beside it."""
     image_HW3 = rgb_HW3.copy()
-    height, width = image_HW3.shape[:2]
-    scale = max(1, round(min(height, width) / 160))
-    radius = 2.5 * scale
-    yy, xx = np.mgrid[:height, :width]
+    scale = max(1, round(min(image_HW3.shape[:2]) / 128))
     for letter, (x, y) in zip(LETTERS, points_xy, strict=False):
-        far = np.hypot(xx - x, yy - y)
-        image_HW3[(far <= radius + scale) & (far > radius - scale)] = 255
-        image_HW3[np.abs(far - radius) <= 0.5 * scale] = (230, 0, 0)
-        side = 1 if x + 13 * scale < width else -1
-        cx, cy = x + side * 9 * scale, y
-        image_HW3[np.hypot(xx - cx, yy - cy) <= 5.4 * scale] = 0
-        image_HW3[np.hypot(xx - cx, yy - cy) <= 4.6 * scale] = 255
+        side = 1 if x + 15 * scale < image_HW3.shape[1] else -1
         glyph = np.array([[row >> bit & 1 for bit in (4, 3, 2, 1, 0)] for row in _GLYPHS[letter]], bool)
-        glyph = glyph.repeat(scale, 0).repeat(scale, 1)
-        top, left = cy - glyph.shape[0] // 2, cx - glyph.shape[1] // 2
-        rows, columns = np.nonzero(glyph)
-        inside = (rows + top >= 0) & (rows + top < height) & (columns + left >= 0) & (columns + left < width)
-        image_HW3[rows[inside] + top, columns[inside] + left] = 0
+        glyph = np.pad(glyph.repeat(scale, 0).repeat(scale, 1), 8 * scale)
+        rows, columns = (np.arange(n) - n // 2 for n in glyph.shape)
+        disc = np.hypot(rows[:, None], columns)
+        center = (x + side * 9 * scale, y)
+        _paint(image_HW3, center, disc <= 6.2 * scale, (0, 0, 0))
+        _paint(image_HW3, center, disc <= 5.4 * scale, (255, 255, 255))
+        _paint(image_HW3, center, glyph, (0, 0, 0))
+        ring = np.abs(disc - 2.5 * scale)
+        _paint(image_HW3, (x, y), ring <= scale, (255, 255, 255))
+        _paint(image_HW3, (x, y), ring <= 0.5 * scale, (230, 0, 0))
     return image_HW3
+
+
+def _paint(
+    image_HW3: npt.NDArray[np.uint8], center: tuple[int, int], stencil: npt.NDArray[np.bool_], rgb: tuple[int, int, int]
+) -> None:
+    rows, columns = np.nonzero(stencil)
+    rows, columns = rows + center[1] - stencil.shape[0] // 2, columns + center[0] - stencil.shape[1] // 2
+    height, width = image_HW3.shape[:2]
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    image_HW3[rows[inside], columns[inside]] = rgb

@@ -68,13 +68,14 @@ def ask(room: Room) -> tuple[Question, ...]:
     )
 
 
-def _object_marks(sight: Sight, targets: list[int]) -> Floats:
-    """For each target, how far "the largest object" and "the most central object" name it."""
+def _object_marks(sight: Sight) -> Floats:
+    """For each object [O, 2], how far "the largest object" and "the most central object" name it."""
     clear = np.flatnonzero(sight.clear_O)
-    out = -np.hypot(*(sight.center_O2[clear] - 0.5).T)
     marks_O2 = np.zeros((len(sight.objects), 2))
-    marks_O2[clear, 0], marks_O2[clear, 1] = top_share(sight.pixels_O[clear]), top_share(out)
-    return marks_O2[targets]
+    if len(clear):
+        out = np.hypot(*(sight.center_O2[clear] - 0.5).T)
+        marks_O2[clear] = np.stack([top_share(sight.pixels_O[clear]), top_share(-out)], -1)
+    return marks_O2
 
 
 def _referring(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
@@ -88,7 +89,8 @@ def _referring(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
     candidates = single + double
     forms = [e.form for e, _ in candidates]
     wish_C = np.array([1 / forms.count(form) for form in forms])
-    marks_C2 = np.stack([_object_marks(sight, list(objects)).mean(0) for _, objects in candidates])
+    marks_O2 = _object_marks(sight)
+    marks_C2 = np.array([(marks_O2[objects[0]] + marks_O2[objects[-1]]) / 2 for _, objects in candidates])
     chance_2 = np.full(2, 1 / sight.clear_O.sum())
     prompts = rng.permutation(len(FORMS))
     for k in range(REFERRING):
@@ -102,9 +104,9 @@ def _referring(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
 
 def _boxes(sight: Sight, rng: np.random.Generator, shape: tuple[int, ...]) -> Iterator[Question]:
     pool = [(text, i) for i, phrases in names(sight.objects).items() if sight.clear_O[i] for text in phrases]
-    marks_C2 = _object_marks(sight, [i for _, i in pool])
     if not pool:
         return
+    marks_C2 = _object_marks(sight)[[i for _, i in pool]]
     height, width = shape
     seen = set()
     for _ in range(BOXES):
