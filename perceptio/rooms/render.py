@@ -20,7 +20,7 @@ PROBE_SIZE = (
 )
 MIN_SHARE = 0.004  # of the probe's pixels, for every object
 MIN_OBJECTS, MAX_ATTEMPTS = 3, 50
-_MIN_UNCOVERED = 0.45  # visible box over projected box: less is mostly hidden or cut off
+MIN_UNCOVERED = 0.45  # visible share of an object's whole outline: less is mostly hidden or cut off
 _NEAR = 0.3  # nothing nearer counts as in front of the camera
 _LIFT = 2e-3  # shadow rays start this far off their surface, in metres
 _STRATA = ((-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25))  # four colour samples per pixel
@@ -73,7 +73,12 @@ def settled_scene(seed: int, index: int) -> Scene:
 def camera_rays(camera: Camera, size: int, offset: tuple[float, float] = (0.0, 0.0)) -> Floats:
     """Rays (R, 3) through the pixels in row order, their forward part 1, so that hit distances are depths."""
     step = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / size) - np.float32(1)
-    across, down = (camera.tan_half * (step + np.float32(2 * o / size)) for o in offset)
+    return _rays(camera, step + np.float32(2 * offset[0] / size), step + np.float32(2 * offset[1] / size))
+
+
+def _rays(camera: Camera, x_W: Floats, y_H: Floats) -> Floats:
+    """Rays through a grid of image positions, -1 to 1 from edge to edge of the picture."""
+    across, down = x_W * np.float32(camera.tan_half), y_H * np.float32(camera.tan_half)
     right, below, forward = camera.axes
     rays_HW3 = across[None, :, None] * right + down[:, None, None] * below + forward
     return np.ascontiguousarray(rays_HW3.reshape(-1, 3), dtype=np.float32)
@@ -111,11 +116,10 @@ class Scene:
         instance_HW = self.owner_T[triangle_R].reshape(PROBE_SIZE, PROBE_SIZE)
         seen = set()
         for index, placed in enumerate(self.layout.objects):
-            rows, columns = np.nonzero(instance_HW == index)
-            if len(rows) < MIN_SHARE * PROBE_SIZE**2:
+            visible = np.count_nonzero(instance_HW == index)
+            if visible < MIN_SHARE * PROBE_SIZE**2:
                 continue
-            visible = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
-            if visible >= _MIN_UNCOVERED * _projected_box(self.layout.camera, placed.triangles_T33):
+            if visible >= MIN_UNCOVERED * _outline(self.layout.camera, placed.triangles_T33):
                 seen.add(index)
         return seen
 
@@ -167,12 +171,20 @@ def _shell(extent: tuple[float, float, float]) -> Floats:
     return np.stack(faces) * np.asarray(extent, np.float32)
 
 
-def _projected_box(camera: Camera, triangles_T33: Floats) -> float:
-    """Area in probe pixels of the box around the whole object's projection, as if nothing hid it."""
+def _outline(camera: Camera, triangles_T33: Floats) -> int:
+    """Probe pixels that the object would fill if nothing hid it and the picture did not end."""
     local = (triangles_T33.reshape(-1, 3) - camera.position) @ camera.axes.T
-    xy = local[:, :2] / np.maximum(local[:, 2:], _NEAR)
-    sides = np.ptp(xy, axis=0) * PROBE_SIZE / (2 * camera.tan_half) + 1
-    return float(sides[0] * sides[1])
+    xy = local[:, :2] / np.maximum(local[:, 2:], _NEAR) / camera.tan_half
+    first, last = np.clip([xy.min(axis=0), xy.max(axis=0)], -3, 3)
+    pixel = 2 / PROBE_SIZE
+    start = (np.floor(first / pixel) + 0.5) * pixel  # on the probe's own grid
+    x_W, y_H = (np.arange(start[k], last[k] + pixel, pixel, dtype=np.float32) for k in (0, 1))
+    rays_R3 = _rays(camera, x_W, y_H)
+    alone = EmbreeScene()
+    mesh = TriangleMesh(alone, triangles_T33)
+    hits = alone.run(np.broadcast_to(camera.position, rays_R3.shape).copy(), rays_R3, query="OCCLUDED") >= 0
+    del mesh  # it had to live until here
+    return int(np.count_nonzero(hits))
 
 
 def _painted(surface: Surface, points_R3: Floats, face: int) -> Floats:

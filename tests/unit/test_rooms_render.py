@@ -1,6 +1,7 @@
 """Rooms are exact, closed, repeatable pictures of objects at rest that can all be seen."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from perceptio.rooms import furniture, layout
-from perceptio.rooms.render import MIN_OBJECTS, MIN_SHARE, Scene, camera_rays, render_room, settled_scene
+from perceptio.rooms.render import MIN_OBJECTS, MIN_SHARE, MIN_UNCOVERED, Scene, camera_rays, render_room, settled_scene
 from perceptio.rooms.room import BACKGROUND, FLOOR, Room, RoomObject
 
 SEED, SIZE = 11, 128
@@ -85,6 +86,20 @@ def test_every_object_is_listed_once_and_clearly_visible():
         assert [o.index for o in got.objects] == list(range(len(got.objects)))
         assert set(np.unique(got.instance_HW)) - {BACKGROUND} == set(range(len(got.objects)))
         assert min(got.visible_pixels) / SIZE**2 > 0.7 * MIN_SHARE  # the floor is exact at the probe's size
+
+
+def test_no_object_is_mostly_hidden_by_others():
+    for index in range(8):
+        whole = scene(index)
+        for placed in whole.layout.objects:
+            alone = Scene(layout.keep(replace(whole.layout, objects=(unsupported(placed),)), {placed.what.index}))
+            triangle_R, _ = alone.hit(camera_rays(whole.layout.camera, SIZE))
+            bare = np.count_nonzero(alone.owner_T[triangle_R] == 0)
+            assert room(index).visible_pixels[placed.what.index] > 0.9 * MIN_UNCOVERED * bare
+
+
+def unsupported(placed: layout.Placed) -> layout.Placed:
+    return replace(placed, what=replace(placed.what, support=FLOOR))
 
 
 def test_kinds_colors_and_sizes_are_of_the_lists_and_supports_allowed():
