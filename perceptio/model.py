@@ -1,0 +1,160 @@
+"""The model: InternVL with spatial tokens, a SAM2 mask decoder fed by `[SEG]` states, and a frozen depth codec.
+
+It is transformers' `InternVLForConditionalGeneration` with two parts more, so that everything that works on InternVL
+(generation, LoRA, quantization, device maps) works here. A model folder holds config.json, safetensors, tokenizer,
+processor and `codebook/`, and nothing pickled.
+
+Shape legend: B batch, T tokens, D hidden size, M masks, S SAM2's input side, P supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, InternVLConfig, InternVLForConditionalGeneration
+from transformers.utils.hub import cached_file
+
+from perceptio.depth.codebook import CONFIG_NAME, WEIGHTS_NAME
+from perceptio.depth.codec import DepthCodec
+from perceptio.segmentation.mask_decoder import MaskPrediction, SegMaskDecoder
+from perceptio.segmentation.sam2_image import Sam2Features, Sam2ImageConfig, Sam2ImageModel
+from perceptio.vlm.backbone import extend_vocabulary, load_backbone
+from perceptio.vocabulary import SpatialVocabulary
+
+CODEBOOK_FOLDER = "codebook"
+
+
+@strict
+class PerceptioConfig(InternVLConfig):
+    """InternVL's configuration, with the spatial vocabulary, SAM2's shape and the codebook's digest."""
+
+    model_type = "perceptio"
+
+    sam2_config: dict[str, Any] | None = None  # of Sam2ImageConfig
+    codebook_digest: str = ""
+    depth_codes: int = 0  # K
+    depth_tokens: int = 0  # N
+    seg_token_id: int = -1
+    depth_start_token_id: int = -1
+    depth_end_token_id: int = -1
+    first_code_token_id: int = -1
+    max_objects: int = 5
+
+    @property
+    def vocabulary(self) -> SpatialVocabulary:
+        """The ids of the spatial tokens."""
+        return SpatialVocabulary(
+            self.seg_token_id,
+            self.depth_start_token_id,
+            self.depth_end_token_id,
+            self.first_code_token_id,
+            self.depth_codes,
+        )
+
+
+class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):
+    """InternVL that writes spatial tokens first: `[SEG]` states become masks, depth codes a depth map."""
+
+    config_class = PerceptioConfig
+    config: PerceptioConfig
+
+    def __init__(self, config: PerceptioConfig) -> None:
+        super().__init__(config)
+        sam2 = Sam2ImageModel(Sam2ImageConfig.from_dict(config.sam2_config or {}))
+        self.segmenter = SegMaskDecoder(sam2, config.text_config.hidden_size)
+        self.codec: DepthCodec | None = None  # not a module: no cast, optimizer or checkpoint may touch it
+
+    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, pixel_values: Tensor) -> Tensor:
+        """Last-layer, post-norm hidden states [B, T, D] of whole sequences; nothing reaches the output head."""
+        output = self.model(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT, pixel_values=pixel_values, use_cache=False
+        )
+        return torch.as_tensor(output.last_hidden_state)
+
+    def image_features(self, pixels_B3SS: Tensor) -> Sam2Features:
+        """SAM2's features of preprocessed images; the trunk is frozen, its two high-res convolutions are not."""
+        return self.segmenter.sam2.encode(pixels_B3SS)
+
+    def masks(self, hidden_MD: Tensor, features: Sam2Features, image_index_M: Tensor) -> MaskPrediction:
+        """Mask logits [M, S/4, S/4] and predicted IoU [M] of the hidden states where `[SEG]` is the input (lineage)."""
+        prediction: MaskPrediction = self.segmenter(hidden_MD, features, image_index_M)
+        return prediction
+
+    def attach_codec(self, codec: DepthCodec) -> None:
+        """Gives the model its depth codec; raises ValueError where the digest is not the one it was trained with."""
+        if codec.digest != self.config.codebook_digest:
+            raise ValueError(
+                f"codebook digest is {codec.digest[:16]}, the model was made with {self.config.codebook_digest[:16]}:"
+                " use the codebook that its codes come from, or train anew"
+            )
+        self.codec = codec
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes config.json, safetensors and `codebook/`; the processor is saved by its own `save_pretrained`."""
+        if self.codec is None:
+            raise ValueError("the model has no codec: attach_codec() before saving, so that the folder is whole")
+        super().save_pretrained(save_directory, **kwargs)
+        self.codec.codebook.save_pretrained(Path(save_directory) / CODEBOOK_FOLDER)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> PerceptioForConditionalGeneration:
+        """The model of a Perceptio folder or hub id, with its codec; ValueError where the codebook is another one's."""
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        files = [
+            cached_file(str(pretrained_model_name_or_path), name, subfolder=CODEBOOK_FOLDER)
+            for name in (CONFIG_NAME, WEIGHTS_NAME)
+        ]
+        model.attach_codec(DepthCodec.from_pretrained(Path(str(files[0])).parent).to(model.device))
+        return model
+
+    @classmethod
+    def from_parts(
+        cls,
+        base: str | Path,
+        sam2: str | Path,
+        codebook: str | Path,
+        *,
+        max_objects: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[PerceptioForConditionalGeneration, Any]:
+        """An untrained Perceptio model and its processor, from an InternVL, a SAM2 image model and a codebook.
+
+        `base` is a folder or hub id in transformers' layout; the tokenizer and embeddings are extended here (new rows
+        at the mean of the old), the mask projector starts at random: seed torch before.
+        """
+        backbone, processor = load_backbone(str(base), dtype=dtype)
+        codec = DepthCodec.from_pretrained(codebook)
+        segmenter = Sam2ImageModel.from_pretrained(sam2)
+        vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes)
+        fields = backbone.config.to_dict() | {
+            "sam2_config": segmenter.config.to_dict(),
+            "codebook_digest": codec.digest,
+            "depth_codes": codec.codes,
+            "depth_tokens": codec.tokens,
+            "seg_token_id": vocabulary.seg_id,
+            "depth_start_token_id": vocabulary.depth_start_id,
+            "depth_end_token_id": vocabulary.depth_end_id,
+            "first_code_token_id": vocabulary.first_code_id,
+            "max_objects": max_objects,
+        }
+        for key in ("model_type", "architectures", "transformers_version"):
+            fields.pop(key, None)
+        model = cls(PerceptioConfig(**fields)).to(dtype)
+        missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
+        lost = [name for name in missing if not name.startswith("segmenter.")]
+        if lost or unexpected:
+            raise ValueError(f"base '{base}': weights missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
+        model.segmenter.sam2.load_state_dict(segmenter.state_dict())
+        model.generation_config = backbone.generation_config
+        model.attach_codec(codec)
+        return model, processor
+
+
+AutoConfig.register("perceptio", PerceptioConfig)
+AutoModelForImageTextToText.register(PerceptioConfig, PerceptioForConditionalGeneration)
