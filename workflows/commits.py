@@ -1,0 +1,357 @@
+"""The commit protocol: every shard of a table once, whoever works on it and however often it is started.
+
+    ROOT/TABLE/SOURCE/part-000007-ATTEMPT.parquet           rows that were kept
+    ROOT/rejects/STAGE/SOURCE/part-000007-ATTEMPT.parquet   rows that were refused, with the reason
+    ROOT/TABLE/SOURCE/_commits/000007.json                  the marker: its exclusive create decides which attempt won
+    ROOT/TABLE/SOURCE/_commits/plan.json                    the inputs that the shards are made from
+    ROOT/TABLE/SOURCE/manifest.json                         written last: the table is complete
+
+A file that no marker names does not exist for any reader. ROOT is a local folder or an s3:// address: both have an
+exclusive create (a hard link; `If-None-Match: *`), which is all that the protocol needs of a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, ShardCommit
+from schemas.tables import REJECTS, TABLES
+
+STAGE_OF = {"images": "ingest", "depth": "depth", "masks": "masks", "codes": "tokenize", "samples": "assemble"}
+STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
+PLAN = "plan.json"
+
+
+class StageError(Exception):
+    """A stage that cannot go on; the message names the field or file, what was seen, what to do."""
+
+
+class OtherInputsError(StageError):
+    """What stands on disk was made from other inputs or settings."""
+
+
+class DamagedTableError(StageError):
+    """A file is missing or is not what its marker says."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """A store and the folder in it under which a run's tables lie."""
+
+    fs: Any
+    path: str
+    uri: str
+
+    def at(self, *parts: str) -> str:
+        return posixpath.normpath(posixpath.join(self.path, *parts))
+
+    def read(self, *parts: str) -> bytes | None:
+        """The bytes of a file, None where there is none."""
+        try:
+            data: bytes = self.fs.cat_file(self.at(*parts))
+        except FileNotFoundError:
+            return None
+        return data
+
+    def write(self, data: bytes, *parts: str) -> None:
+        """Writes or replaces a file: readers see all of it or nothing."""
+        path = self.at(*parts)
+        if self._local:
+            os.replace(_draft(path, data), path)  # noqa: PTH105
+        else:
+            self.fs.pipe_file(path, data)
+
+    def create(self, data: bytes, *parts: str) -> bool:
+        """True if the file was created now, whole and by nobody else; False if it stood already."""
+        path = self.at(*parts)
+        try:
+            if self._local:
+                draft = _draft(path, data)
+                try:
+                    os.link(draft, path)  # as exclusive as O_EXCL, and never half written
+                finally:
+                    draft.unlink()
+            else:
+                self.fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return self.read(*parts) == data  # a store's own retry can meet what its first try wrote
+        return True
+
+    def files(self, *parts: str) -> list[str]:
+        """Names of the files in a folder, sorted."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.at(*parts), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry["name"]) for entry in found if entry["type"] == "file")
+
+    def delete(self, *parts: str) -> None:
+        """Deletes a file; one that is gone already is no error."""
+        try:
+            self.fs.rm_file(self.at(*parts))
+        except FileNotFoundError:
+            return
+
+    def manifest(self, *folder: str) -> Manifest | None:
+        """The manifest of a finished folder, None where it is not finished."""
+        data = self.read(*folder, MANIFEST_NAME)
+        return None if data is None else Manifest.model_validate_json(data)
+
+    @property
+    def _local(self) -> bool:
+        return "file" in self.fs.protocol
+
+
+def open_root(uri: str) -> Root:
+    """The root at a local path or s3:// address. Raises StageError for a store without exclusive create."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+    if not set(protocols) & set(STORES):
+        raise StageError(f"root '{uri}' is on '{protocols[0]}', expected one of {STORES}: others may double rows")
+    return Root(fs, path, uri)
+
+
+class Table:
+    """One table of one source under a root, shard by shard."""
+
+    def __init__(self, root: Root, name: str, source: str) -> None:
+        if name not in TABLES:
+            raise StageError(f"table '{name}' is unknown; known: {sorted(TABLES)}")
+        self.root, self.name, self.source = root, name, source
+        self.stage = STAGE_OF[name]
+        self.schema = TABLES[name]
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.source}"
+
+    def plan(self, inputs: Mapping[str, str]) -> None:
+        """Fixes what the shards are made from, before the first. Raises OtherInputsError if it was fixed otherwise."""
+        wanted = dict(inputs)
+        if self.root.create(_json(wanted), self.name, self.source, "_commits", PLAN):
+            return
+        require_same(str(self), json.loads(self._read("_commits", PLAN)), wanted)
+
+    def committed(self) -> dict[int, ShardCommit]:
+        """The marker of every committed shard, by shard number."""
+        names = [name for name in self.root.files(self.name, self.source, "_commits") if name != PLAN]
+        commits = (ShardCommit.model_validate_json(self._read("_commits", name)) for name in names if "~" not in name)
+        return {commit.shard: commit for commit in commits}
+
+    def find(self, shard: int) -> ShardCommit | None:
+        """The marker of one shard, None where it is not committed."""
+        data = self.root.read(self.name, self.source, "_commits", f"{shard:06d}.json")
+        return None if data is None else ShardCommit.model_validate_json(data)
+
+    def commit(
+        self, shard: int, attempt: str, table: pa.Table, rejects: pa.Table, read: int, row_group_rows: int = 10_000
+    ) -> ShardCommit:
+        """The shard's marker: this attempt's, or the other one's where another attempt was first.
+
+        table has the table's schema, rejects that of REJECTS; read counts the rows that came in. The loser's files
+        are deleted here. Raises ValueError for another schema, a doubled id, or read != kept + rejected.
+        """
+        for rows, schema in ((table, self.schema), (rejects, REJECTS)):
+            if not rows.schema.equals(schema):
+                raise ValueError(f"{self} shard {shard}: columns are\n{rows.schema}\nexpected\n{schema}")
+        doubled = [key for key, n in Counter(table["id"].to_pylist()).items() if n > 1]
+        if doubled:
+            raise ValueError(f"{self} shard {shard}: {len(doubled)} ids stand twice, e.g. {doubled[0]}: reject one")
+        part = f"part-{shard:06d}-{attempt}.parquet"
+        entry, data = _parquet(part, table, row_group_rows)
+        rejects_entry, rejects_data = _parquet(self._rejects_path(part), rejects, row_group_rows)
+        commit = ShardCommit(
+            shard=shard,
+            attempt=attempt,
+            read=read,
+            kept=table.num_rows,
+            rejected=rejects.num_rows,
+            reasons=dict(sorted(Counter(rejects["reason"].to_pylist()).items())),
+            content=content_digest(table),
+            data=entry,
+            rejects=rejects_entry,
+        )
+        written = [(e.path, d) for e, d in ((entry, data), (rejects_entry, rejects_data)) if e is not None]
+        for path, content in written:
+            self.root.write(content, self.name, self.source, path)
+        marker = commit.model_dump_json(indent=1).encode()
+        if self.root.create(marker, self.name, self.source, "_commits", f"{shard:06d}.json"):
+            return commit
+        for path, _ in written:
+            self.root.delete(self.name, self.source, path)
+        return ShardCommit.model_validate_json(self._read("_commits", f"{shard:06d}.json"))
+
+    def read_shard(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The kept rows of a committed shard, in order. Raises DamagedTableError for a file that was changed."""
+        commit = self.find(shard)
+        if commit is None:
+            raise DamagedTableError(f"{self} shard {shard} is not committed: run `{self.stage}` first")
+        if commit.data is None:
+            empty = self.schema.empty_table()
+            return empty if columns is None else empty.select(list(columns))
+        return pq.read_table(io.BytesIO(self._checked(commit.data)), columns=columns)
+
+    def finish(self, commits: Mapping[int, ShardCommit], **fields: Any) -> Manifest:
+        """Writes the manifest of a table whose shards are all in `commits`, after deleting what lost attempts left.
+
+        fields: those of Manifest that the table does not know: attempt, recipe, code, inputs, licences, seconds, extra.
+        """
+        shards = tuple(commits[shard] for shard in sorted(commits))
+        self.clean()
+        manifest = Manifest(
+            stage=self.stage,
+            source=self.source,
+            read=sum(commit.read for commit in shards),
+            kept=sum(commit.kept for commit in shards),
+            rejected=sum(commit.rejected for commit in shards),
+            shards=shards,
+            digest=hashlib.sha256(_json([(c.shard, c.read, c.content, c.reasons) for c in shards])).hexdigest(),
+            **fields,
+        )
+        write_manifest(self.root, manifest, self.name, self.source)
+        return manifest
+
+    def manifest(self) -> Manifest | None:
+        """The table's manifest, None where it is not finished."""
+        return self.root.manifest(self.name, self.source)
+
+    def require(self) -> Manifest:
+        """The table's manifest. Raises StageError where the table is not finished."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise StageError(f"{self.root.uri}: {self} has no {MANIFEST_NAME}: run `{self.stage}` first")
+        return manifest
+
+    def strays(self) -> list[str]:
+        """Files of committed shards that no marker names: what killed attempts left, relative to the table."""
+        commits = self.committed()
+        known = {entry.path for c in commits.values() for entry in (c.data, c.rejects) if entry is not None}
+        found = self.root.files(self.name, self.source)
+        found += [self._rejects_path(name) for name in self.root.files("rejects", self.stage, self.source)]
+        parts = [path for path in found if posixpath.basename(path).startswith("part-") and path not in known]
+        return [path for path in parts if _shard_of(path) in commits]
+
+    def clean(self) -> list[str]:
+        """Deletes the strays and says which; files of uncommitted shards may be someone's work and stay."""
+        strays = self.strays()
+        for path in strays:
+            self.root.delete(self.name, self.source, path)
+        return strays
+
+    def _checked(self, entry: FileEntry) -> bytes:
+        data = self.root.read(self.name, self.source, entry.path)
+        if data is None:
+            raise DamagedTableError(f"{self}: file {entry.path} is missing: restore it, or delete its marker and rerun")
+        seen = hashlib.sha256(data).hexdigest()
+        if len(data) != entry.size or seen != entry.sha256:
+            raise DamagedTableError(
+                f"{self}: file {entry.path} has {len(data)} bytes and sha256 {seen[:16]}, its marker says"
+                f" {entry.size} and {entry.sha256[:16]}: it was changed; restore it, or delete its marker and rerun"
+            )
+        return data
+
+    def _read(self, *parts: str) -> bytes:
+        data = self.root.read(self.name, self.source, *parts)
+        if data is None:
+            raise DamagedTableError(
+                f"{self}: {posixpath.join(*parts)} went away while it was read: is a `clean` running?"
+            )
+        return data
+
+    def _rejects_path(self, part: str) -> str:
+        return posixpath.join("..", "..", "rejects", self.stage, self.source, part)
+
+
+def content_digest(table: pa.Table) -> str:
+    """Hex SHA-256 of a table's rows in order: the same for any chunks, file encoding or attempt."""
+    digest = hashlib.sha256()
+    for name in table.schema.names:
+        column = table[name].combine_chunks()
+        digest.update(f"{name}:{column.type}:{len(column)}".encode())
+        for buffer in _canonical(column):
+            digest.update(buffer)
+    return digest.hexdigest()
+
+
+def require_same(what: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Raises OtherInputsError, naming both sides, where what stands on disk was made from something else."""
+    keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if keys:
+        sides = "; ".join(f"{key} {found.get(key, 'none')[:24]}, now {wanted.get(key, 'none')[:24]}" for key in keys)
+        raise OtherInputsError(
+            f"{what} was made from other inputs or settings: {sides}. Choose another root, or delete it"
+        )
+
+
+def file_entries(root: Root, *folder: str) -> tuple[FileEntry, ...]:
+    """Size and checksum of every file directly in a folder that is not a table, its manifest left out."""
+    names = [name for name in root.files(*folder) if name != MANIFEST_NAME]
+    contents = ((name, root.fs.cat_file(root.at(*folder, name))) for name in names)
+    return tuple(FileEntry(path=n, rows=0, size=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in contents)
+
+
+def write_manifest(root: Root, manifest: Manifest, *folder: str) -> None:
+    """Writes a folder's manifest: the last file of a table, codebook, checkpoint or evaluation."""
+    root.write(manifest.model_dump_json(indent=1).encode(), *folder, MANIFEST_NAME)
+
+
+def _canonical(array: pa.Array) -> Iterator[bytes | memoryview]:
+    """The values of an array as bytes that say nothing of offsets, padding or unused null slots."""
+    if array.null_count:
+        yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes()
+    kind = array.type
+    if pa.types.is_struct(kind):
+        for child in array.flatten():
+            yield from _canonical(child)
+    elif pa.types.is_list(kind):
+        yield pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).tobytes()
+        yield from _canonical(array.flatten())
+    elif pa.types.is_binary(kind) or pa.types.is_string(kind):
+        yield pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).tobytes()
+        yield from (memoryview(value.as_buffer()) for value in array if value.is_valid)
+    else:
+        yield array.fill_null(False if pa.types.is_boolean(kind) else 0).to_numpy(zero_copy_only=False).tobytes()
+
+
+def _parquet(path: str, table: pa.Table, row_group_rows: int) -> tuple[FileEntry | None, bytes]:
+    if table.num_rows == 0:
+        return None, b""
+    stream = io.BytesIO()
+    pq.write_table(table, stream, compression="zstd", row_group_size=row_group_rows, write_statistics=["id"])
+    data = stream.getvalue()
+    return FileEntry(path=path, rows=table.num_rows, size=len(data), sha256=hashlib.sha256(data).hexdigest()), data
+
+
+def _draft(path: str, data: bytes) -> Path:
+    """A file beside `path` with these bytes, on the disk and not only in its cache."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(f"{path}~{secrets.token_hex(4)}")
+    with draft.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return draft
+
+
+def _shard_of(path: str) -> int:
+    return int(posixpath.basename(path).split("-")[1])
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
