@@ -10,6 +10,7 @@ channels, H and W mask height and width = S/4, K = 3 candidate masks.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Sam2ImageConfig:
         unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown SAM2 config keys {sorted(unknown)}; remove them")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**values)
 
     @classmethod
     def from_official(cls, name: str) -> Sam2ImageConfig:
@@ -80,14 +82,11 @@ class Sam2ImageConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{name} is no config of the installed sam2 package; see its configs folder")
         model = yaml.safe_load(path.read_text())["model"]
-        shipped = Hiera.__init__.__defaults__  # trunk fields that the file leaves out take the package's defaults
-        names = Hiera.__init__.__code__.co_varnames[1 : 1 + len(shipped)]
-        trunk = dict(zip(names, shipped, strict=True)) | model["image_encoder"]["trunk"]
-        kept = {field.name: trunk[field.name] for field in dataclasses.fields(cls) if field.name in trunk}
-        return cls.from_dict(
-            {key: list(v) if isinstance(v, tuple) else v for key, v in kept.items()}
-            | {"image_size": model["image_size"]}
-        )
+        trunk = model["image_encoder"]["trunk"]
+        shipped = inspect.signature(Hiera).parameters  # a trunk field that the file leaves out is the package's default
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "image_size"]
+        fields = {name: trunk.get(name, shipped[name].default) for name in names}
+        return cls.from_dict(fields | {"image_size": model["image_size"]})
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-able values."""
@@ -214,19 +213,11 @@ class Sam2ImageModel(nn.Module):
     def decode(
         self, features: Sam2Features, image_index_M: Tensor, sparse_MTC: Tensor, *, multimask: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The best candidate by predicted IoU of M >= 0 prompts: mask logits [M, S/4, S/4] and predicted IoU [M].
-
-        With M = 0 a dummy prompt runs and is cut away, so that the empty result still reaches every decoder weight.
-        """
-        count = len(sparse_MTC)
-        if count == 0:
-            image_index_M = torch.zeros(1, dtype=torch.long, device=sparse_MTC.device)
-            dummy = self.sam_prompt_encoder.not_a_point_embed.weight[None].expand(1, max(1, sparse_MTC.shape[1]), -1)
-            sparse_MTC = dummy + sparse_MTC.sum()
+        """The best candidate by predicted IoU of M >= 1 prompts: mask logits [M, S/4, S/4] and predicted IoU [M]."""
         logits_MKHW, iou_MK = self.decode_all(features, image_index_M, sparse_MTC, multimask=multimask)
         best_M = iou_MK.detach().argmax(dim=1)
         rows_M = torch.arange(len(best_M), device=best_M.device)
-        return logits_MKHW[rows_M, best_M][:count], iou_MK[rows_M, best_M][:count]
+        return logits_MKHW[rows_M, best_M], iou_MK[rows_M, best_M]
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json and model.safetensors; float16 halves the file and rounds the weights."""
@@ -244,10 +235,10 @@ class Sam2ImageModel(nn.Module):
         model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
         return model.eval()
 
-    @classmethod
-    def from_official(cls, checkpoint: str | Path, config_name: str) -> Sam2ImageModel:
-        """The model of an official checkpoint file (.pt), in eval mode; only its MEMORY_PARTS are left out."""
+    def load_official(self, checkpoint: str | Path) -> None:
+        """Takes the weights of an official checkpoint (.pt), of which only MEMORY_PARTS may be left out.
+
+        The config comes from `Sam2ImageConfig.from_official`. Raises RuntimeError on any other missing or unknown key.
+        """
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
-        model = cls(Sam2ImageConfig.from_official(config_name))
-        model.load_state_dict({name: t for name, t in state.items() if not name.startswith(MEMORY_PARTS)})
-        return model.eval()
+        self.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(MEMORY_PARTS)})

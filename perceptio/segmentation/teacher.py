@@ -6,7 +6,6 @@ Shape legend: H, W image height and width in pixels; M prompts; S the model's sq
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from huggingface_hub import ModelCard
 from sam2.utils.amg import calculate_stability_score
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,20 +51,15 @@ class MaskTeacher:
         self.licence = licence
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: str = "cpu") -> MaskTeacher:
-        """The teacher of a folder with config.json, model.safetensors and card.json (for its "licence").
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> MaskTeacher:
+        """The teacher of a folder that `Sam2ImageModel.save_pretrained` wrote; its README.md may name the licence.
 
-        Raises FileNotFoundError or KeyError where the folder lacks one of them.
+        Raises FileNotFoundError where config.json or model.safetensors is missing.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors", "card.json"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}; a mask teacher needs it, see perceptio/rooms/zoo")
-        card = json.loads((folder / "card.json").read_text())
-        if "licence" not in card:
-            raise KeyError(f"{folder / 'card.json'} names no 'licence'; add one, it travels into the manifests")
+        digest = folder_digest(folder)
         model = Sam2ImageModel.from_pretrained(folder).to(device)
-        return cls(model, digest=folder_digest(folder), licence=card["licence"])
+        return cls(model, digest=digest, licence=_licence(folder))
 
     @torch.inference_mode()
     def __call__(
@@ -112,8 +107,17 @@ class MaskTeacher:
 
 
 def folder_digest(folder: Path) -> str:
-    """16 hex digits over a model folder's config and weights."""
-    sha = hashlib.sha256()
+    """Hex SHA-256 over a model folder's config and weights; FileNotFoundError where one is missing."""
+    digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors"):
-        sha.update((folder / name).read_bytes())
-    return sha.hexdigest()[:16]
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; name a folder that Sam2ImageModel.save_pretrained wrote")
+        content = (folder / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _licence(folder: Path) -> str:
+    """The licence named by the folder's model card, or "unknown"."""
+    card = folder / "README.md"
+    return str(ModelCard.load(card).data.get("license") or "unknown") if card.exists() else "unknown"

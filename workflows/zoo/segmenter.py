@@ -51,6 +51,7 @@ BCE_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 5.0, 1.0, 1.0
 SPREAD_WEIGHT = 0.1  # of the mean over the three candidates: min-loss alone leaves two of them untrained
 DISC_RADII = (0.04, 0.07, 0.1, 0.15, 0.2)  # of the image side; the blind disc takes the best of them
 SAVE_SECONDS = 120.0
+LICENCE = "apache-2.0"
 
 Rng = np.random.Generator
 Floats = npt.NDArray[np.float64]
@@ -184,7 +185,7 @@ def train_step(model: Sam2ImageModel, optimizer: torch.optim.Optimizer, items: l
     box_loss, box_iou = loss_of(model, features, draw_prompts(items, boxes=True, size=size, rng=rng))
     click_loss, click_iou = loss_of(model, features, draw_prompts(items, boxes=False, size=size, rng=rng))
     optimizer.zero_grad()
-    (box_loss + click_loss).backward()
+    torch.autograd.backward(box_loss + click_loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     return f"box loss {box_loss:.3f} IoU {box_iou:.3f}, click loss {click_loss:.3f} IoU {click_iou:.3f}"
@@ -256,9 +257,9 @@ def _beside(ours: Floats, blind: dict[str, Floats], rooms: npt.NDArray[np.int64]
 
 def write_card(out: Path, training: dict[str, Any]) -> None:
     """Scores the folder on held-out rooms and writes card.json and README.md."""
-    card: dict[str, Any] = {"name": "rooms segmenter", "licence": "Apache-2.0", "training": training}
-    (out / "card.json").write_text(json.dumps(card))  # the teacher reads the licence from it
-    teacher = MaskTeacher.from_folder(out)
+    card: dict[str, Any] = {"name": "segmenter of the rooms", "license": LICENCE, "training": training}
+    teacher = MaskTeacher.from_pretrained(out)
+    card["digest"] = teacher.digest
     card["held_out"] = {"seed": HELD_OUT_SEED, "size": HELD_OUT_SIZE, "min_object_share": MIN_OBJECT_SHARE}
     card["scores"] = score(teacher, HELD_OUT_ROOMS)
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
@@ -273,13 +274,17 @@ def _readme(card: dict[str, Any]) -> str:
         + f" | {row['gain_per_room_95'][0]:+.3f} to {row['gain_per_room_95'][1]:+.3f} |"
         for name, row in scores.items()
     )
-    return f"""# Segmenter of the rooms
+    return f"""---
+license: {card["license"]}
+---
+
+# Segmenter of the rooms
 
 A small SAM2 image model (package `sam2`: Hiera trunk of 32 channels, 256 x 256 input, no memory modules), trained
 from scratch on rendered rooms with box and single-click prompts. It stands where a full-size run has SAM2. It knows
 rooms and nothing else; its single-mask token (`multimask=False`) is untrained.
 
-Licence: {card["licence"]}. Made by `python -m workflows.zoo.segmenter` in {training["seconds"]} seconds of one
+Licence: Apache-2.0. Made by `python -m workflows.zoo.segmenter` in {training["seconds"]} seconds of one
 processor: {training["steps"]} steps on {training["rooms"]} rooms of seed {training["seed"]}.
 
 Held out: {max(HELD_OUT_ROOMS)} rooms of seed {HELD_OUT_SEED} at {HELD_OUT_SIZE} pixels, every object that shows at
