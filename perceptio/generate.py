@@ -27,7 +27,7 @@ from perceptio.segmentation.sam2_image import preprocess
 class Request:
     """One question about one image."""
 
-    rgb_HW3: npt.NDArray[np.uint8]  # noqa: N815
+    rgb_HW3: npt.NDArray[np.uint8]
     question: str
     segmentation: Part = "auto"
     depth: Part = "auto"
@@ -38,9 +38,9 @@ class Perception:
     """What the model wrote, and what it means."""
 
     text: str
-    masks_MHW: npt.NDArray[np.bool_]  # noqa: N815  # at the image's own size
-    scores_M: npt.NDArray[np.float32]  # noqa: N815  # predicted IoU in [0, 1]
-    inv_depth_HW: npt.NDArray[np.float32] | None  # noqa: N815  # [0, 1], larger = closer; None without a whole block
+    masks_MHW: npt.NDArray[np.bool_]  # at the image's own size
+    scores_M: npt.NDArray[np.float32]  # predicted IoU in [0, 1]
+    inv_depth_HW: npt.NDArray[np.float32] | None  # [0, 1], larger = closer; None without a whole block
     reply: Reply  # the tokens, and whether they follow the grammar
     finish: str  # "stop" or "length"
     seconds: dict[str, float] = field(default_factory=dict)  # of the whole batch: generate, masks, depth

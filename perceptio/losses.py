@@ -9,6 +9,8 @@ Shape legend: P supervised positions, V vocabulary, K codes, N depth tokens, B s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,21 +64,25 @@ def depth_reconstruction(predicted_BHW: Tensor, target_BHW: Tensor, *, gradient:
 
 
 def sample_points(
-    logits_MHW: Tensor, *, points: int, oversample: float = 3.0, importance: float = 0.75, generator: torch.Generator
+    logits_MHW: Tensor, *, points: int, seeds: Sequence[int], oversample: float = 3.0, importance: float = 0.75
 ) -> Tensor:
     """Point coordinates [M, S, 2] in [0, 1] (x, y), most where the mask is uncertain (lineage: Sa2VA, PointRend).
 
     `oversample` * S candidates are drawn; the `importance` share of S with the smallest |logit| is kept, the rest is
-    uniform. The generator is on the CPU, so that the same seed gives the same points on every device.
+    uniform. Each mask has its own seed, so that a mask's points do not depend on its neighbours, rank or device.
     """
-    masks = logits_MHW.shape[0]
-    candidates_MC2 = torch.rand(masks, int(points * oversample), 2, generator=generator).to(logits_MHW.device)
-    certain = int(importance * points)
+    if len(seeds) != len(logits_MHW):
+        raise ValueError(f"{len(seeds)} seeds for {len(logits_MHW)} masks: give one each")
+    candidates, certain = int(points * oversample), int(importance * points)
+    drawn = [
+        torch.rand(candidates + points - certain, 2, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    ]
+    drawn_MX2 = torch.stack(drawn).to(logits_MHW.device) if drawn else logits_MHW.new_zeros(0, candidates, 2)
+    candidates_MC2, uniform_MS2 = drawn_MX2[:, :candidates], drawn_MX2[:, candidates:]
     with torch.no_grad():
         doubt_MC = -values_at(logits_MHW, candidates_MC2).abs()
     chosen_MS = doubt_MC.topk(certain, dim=1).indices
     uncertain_MS2 = torch.gather(candidates_MC2, 1, chosen_MS[..., None].expand(-1, -1, 2))
-    uniform_MS2 = torch.rand(masks, points - certain, 2, generator=generator).to(logits_MHW.device)
     return torch.cat([uncertain_MS2, uniform_MS2], dim=1)
 
 

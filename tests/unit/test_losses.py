@@ -100,7 +100,7 @@ def test_reconstruction_by_hand_and_shape_error() -> None:
 def test_points_prefer_the_uncertain_border() -> None:
     logits_MHW = torch.full((1, 64, 64), 9.0)
     logits_MHW[:, :, 31:33] = 0.0
-    points_MS2 = losses.sample_points(logits_MHW, points=200, generator=torch.Generator().manual_seed(0))
+    points_MS2 = losses.sample_points(logits_MHW, points=200, seeds=[0])
     near = ((points_MS2[..., 0] - 0.5).abs() < 0.04).float().mean().item()
     assert points_MS2.shape == (1, 200, 2)
     assert near > 0.15  # uniform points would give 0.08

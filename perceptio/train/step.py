@@ -1,0 +1,156 @@
+"""One training step: the objective over a micro-batch, and the sum of its terms over a global batch.
+
+Shape legend: B samples of a micro-batch, T tokens, D hidden size, P supervised positions, V vocabulary, M masks,
+N depth tokens, K codes, S side of SAM2's input or of the codebook, C number of terms, Q number of sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from perceptio import losses
+from perceptio.data.collator import Batch
+from perceptio.data.template import LossKind
+from perceptio.model import PerceptioForConditionalGeneration
+from schemas.recipe import LossWeights
+
+TERMS = ("text", "marker", "token", "count", "reconstruction", "mask_bce", "mask_dice")
+_KINDS = {"text": LossKind.TEXT, "marker": LossKind.MARKER, "token": LossKind.TOKEN}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step over one global batch found; the same on every rank."""
+
+    loss: float
+    terms: dict[str, float]  # unweighted, over the whole global batch
+    by_source: dict[str, dict[str, float]]  # the same, per data set; a term that a data set has no part of is left out
+    gradient_norm: float
+
+
+class Objective(nn.Module):
+    """The weighted sum of the terms of METHOD.md over one micro-batch; what DeepSpeed wraps."""
+
+    def __init__(self, model: PerceptioForConditionalGeneration, weights: LossWeights, sources: int) -> None:
+        super().__init__()
+        if model.codec is None:
+            raise ValueError("the model has no codec: attach_codec() before training")
+        self.model, self.weights, self.sources = model, weights, sources
+
+    def forward(self, batch: Batch, counts_C: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the detached sums of the terms by source [Q, C].
+
+        `counts_C` are the denominators over the whole *global* batch, so that the micro-batches' losses add up.
+        """
+        hidden_BTD = self.model.hidden_states(batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values)
+        sums_QC = hidden_BTD.new_zeros(self.sources, len(TERMS), dtype=torch.float32)
+        sums_QC = self._tokens(batch, hidden_BTD, sums_QC)
+        sums_QC = self._masks(batch, hidden_BTD, sums_QC)
+        weights_C = torch.tensor([getattr(self.weights, term) for term in TERMS], device=sums_QC.device)
+        loss = (sums_QC.sum(0) / counts_C.clamp(min=1) * weights_C).sum()
+        return loss, sums_QC.detach()
+
+    def _tokens(self, batch: Batch, hidden_BTD: Tensor, sums_QC: Tensor) -> Tensor:
+        """Adds text, marker, token, count and reconstruction; only supervised positions reach the output head."""
+        config = self.model.config
+        supervised_BT = batch.loss_kind_BT != LossKind.IGNORE
+        sample_P, position_P = supervised_BT.nonzero(as_tuple=True)
+        logits_PV = self.model.lm_head(hidden_BTD[sample_P, position_P - 1])  # the state before predicts the token
+        targets_P = batch.input_ids_BT[sample_P, position_P]
+        kind_P, source_P = batch.loss_kind_BT[sample_P, position_P], batch.source_B[sample_P]
+        nll_P = losses.token_cross_entropy(logits_PV, targets_P)
+        for term, kind in _KINDS.items():
+            sums_QC = _add(sums_QC, term, source_P, torch.where(kind_P == kind, nll_P, 0.0))
+        depth_P = kind_P == LossKind.TOKEN
+        count_B = losses.count(
+            logits_PV,
+            depth_P,
+            sample_P,
+            samples=len(batch.input_ids_BT),
+            first_code=config.first_code_token_id,
+            codes=config.depth_codes,
+            tokens=config.depth_tokens,
+        )
+        sums_QC = _add(sums_QC, "count", batch.source_B, count_B)
+        if self.weights.reconstruction == 0 or not batch.has_depth_B.any():
+            return sums_QC
+        assert self.model.codec is not None
+        first = config.first_code_token_id
+        logits_ENK = logits_PV[depth_P, first : first + config.depth_codes].unflatten(0, (-1, config.depth_tokens))
+        implied_ESS = self.model.codec.decode_soft(logits_ENK, self.weights.temperature)
+        target_ESS = batch.depth_target_BHW[batch.has_depth_B].to(implied_ESS.dtype)
+        errors_E = losses.depth_reconstruction(implied_ESS, target_ESS, gradient=self.weights.gradient)
+        return _add(sums_QC, "reconstruction", batch.source_B[batch.has_depth_B], errors_E)
+
+    def _masks(self, batch: Batch, hidden_BTD: Tensor, sums_QC: Tensor) -> Tensor:
+        """Adds the mask terms, a mean over the masks of each sample; the decoder runs even where there is no mask,
+        since every rank must run every trained part."""
+        size = self.model.segmenter.sam2.config.image_size
+        pixels_B3SS = batch.sam2_pixels_B3SS
+        if len(pixels_B3SS) == 0:
+            pixels_B3SS = pixels_B3SS.new_zeros(1, 3, size, size)
+        features = self.model.image_features(pixels_B3SS.to(hidden_BTD.dtype))
+        hidden_MD = hidden_BTD[batch.seg_sample_M, batch.seg_position_M]
+        logits_MHW = self.model.masks(hidden_MD, features, batch.seg_image_M).logits_MHW.float()
+        if len(logits_MHW) == 0:
+            return sums_QC + logits_MHW.sum()  # 0, but connected
+        points_MS2 = losses.sample_points(logits_MHW, points=self.weights.mask_points, seeds=batch.mask_seeds)
+        found_MS = losses.values_at(logits_MHW, points_MS2)
+        target_MS = losses.values_at(batch.masks_MHW.to(found_MS.dtype), points_MS2)
+        masks_B = torch.bincount(batch.seg_sample_M, minlength=len(batch.input_ids_BT))
+        share_M = 1.0 / masks_B[batch.seg_sample_M]
+        source_M = batch.source_B[batch.seg_sample_M]
+        sums_QC = _add(sums_QC, "mask_bce", source_M, share_M * losses.mask_bce(found_MS, target_MS))
+        return _add(sums_QC, "mask_dice", source_M, share_M * losses.mask_dice(found_MS, target_MS))
+
+
+def counts_by_source(batches: Sequence[Batch], sources: int) -> Tensor:
+    """Denominators [Q, C] of this rank's share of a global batch: tokens of each kind, samples that have each part."""
+    counts_QC = torch.zeros(sources, len(TERMS))
+    for batch in batches:
+        for term, kind in _KINDS.items():
+            counts_QC = _add(counts_QC, term, batch.source_B, (batch.loss_kind_BT == kind).sum(1).float())
+        for term in ("count", "reconstruction"):
+            counts_QC = _add(counts_QC, term, batch.source_B, batch.has_depth_B.float())
+        has_mask_B = torch.bincount(batch.seg_sample_M, minlength=len(batch.input_ids_BT)) > 0
+        for term in ("mask_bce", "mask_dice"):
+            counts_QC = _add(counts_QC, term, batch.source_B, has_mask_B.float())
+    return counts_QC
+
+
+def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) -> StepReport:
+    """The report of one optimizer step over a global batch, of which `batches` are this rank's micro-batches."""
+    world, objective = dist.get_world_size(), engine.module
+    counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
+    dist.all_reduce(counts_QC)
+    counts_C = counts_QC.sum(0)
+    sums_QC = torch.zeros_like(counts_QC)
+    for batch in batches:
+        loss, sums = engine(batch.to(engine.device), counts_C)
+        # DeepSpeed takes the mean over ranks and micro-batches; the loss is a share of a sum already
+        engine.backward(loss * world * len(batches))
+        engine.step()
+        sums_QC += sums
+    dist.all_reduce(sums_QC)
+    means_C = sums_QC.sum(0) / counts_C.clamp(min=1)
+    terms = dict(zip(TERMS, means_C.tolist(), strict=True))
+    by_source = {
+        name: {term: float(sums_QC[q, c] / counts_QC[q, c]) for c, term in enumerate(TERMS) if counts_QC[q, c] > 0}
+        for q, name in enumerate(sources)
+    }
+    total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
+    return StepReport(total, terms, by_source, float(engine.get_global_grad_norm() or 0.0))
+
+
+def _add(sums_QC: Tensor, term: str, source_X: Tensor, values_X: Tensor) -> Tensor:
+    """`sums_QC` with the values added in the term's column, by source."""
+    column_Q = sums_QC.new_zeros(len(sums_QC)).index_add(0, source_X, values_X.to(sums_QC.dtype))
+    place_C = torch.zeros(sums_QC.shape[1], dtype=sums_QC.dtype, device=sums_QC.device)
+    place_C[TERMS.index(term)] = 1
+    return sums_QC + column_Q[:, None] * place_C
