@@ -134,8 +134,8 @@ class Mixture:
         if digest != self.digest or position % self.global_batch:
             raise ValueError(
                 f"mixture: the saved state is at position {position} of mixture {digest}, this is mixture "
-                f"{self.digest} with global batches of {self.global_batch}: resume with the same sources, weights, seed and sizes, "
-                "or start a new run from the saved weights"
+                f"{self.digest} with global batches of {self.global_batch}: resume with the same sources, weights, "
+                "seed and sizes, or start a new run from the saved weights"
             )
         return position // self.global_batch
 
@@ -197,8 +197,8 @@ class _Table:
         streams = self.streams_of[source]
         turns, rest = divmod(draw, len(streams))
         columns = self.source_PC.shape[1]
-        rest_C: Ints = np.bincount(streams[:rest], minlength=columns)
-        return turns * (len(streams) // columns) + rest_C
+        before_C: Ints = np.bincount(streams[:rest], minlength=columns) + turns * (len(streams) // columns)
+        return before_C
 
 
 def _earliest_deadline_first(counts: Sequence[int], streams: int) -> Ints:
