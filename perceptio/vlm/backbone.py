@@ -1,0 +1,154 @@
+"""The vision-language backbone: load an InternVL, give it the spatial tokens, choose what trains, add and merge LoRA.
+
+The text part may be a Qwen2 or a Llama, its output head tied to the input embeddings or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
+
+MODEL_TYPE = "internvl"
+NOISE = 0.1  # of the old rows' standard deviation, so that the new rows are not all the same
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Language = Literal["lora", "full", "frozen"]
+
+
+def load_backbone(
+    folder_or_hub_id: str | Path, *, dtype: torch.dtype
+) -> tuple[InternVLForConditionalGeneration, InternVLProcessor]:
+    """The model, in evaluation mode, and its processor, from a folder or a hub id in transformers' own layout.
+
+    Never runs remote code and reads safetensors only. Raises ValueError if the configuration is not an InternVL's in
+    transformers' layout, OSError if there is nothing to read.
+    """
+    source = str(folder_or_hub_id)
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    found = config.get("model_type")
+    if found != MODEL_TYPE:
+        raise ValueError(
+            f"{source}: config.json has model_type {found!r}, expected {MODEL_TYPE!r}: use an InternVL in "
+            "transformers' layout (hub names that end in -hf)"
+        )
+    model = InternVLForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    return model.eval(), InternVLProcessor.from_pretrained(source)
+
+
+def extend_vocabulary(
+    model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, codes: int, *, seed: int = 0
+) -> SpatialVocabulary:
+    """The spatial ids, after tokenizer and embeddings were given rows for them, in place (reconstruction).
+
+    New rows are the mean of the old ones plus small seeded noise, in the input embeddings and, where it is not tied to
+    them, in the output head; old rows stay as they are, and what is tied stays tied. A second call changes nothing.
+    Raises ValueError if the tokenizer was extended for another number of codes.
+    """
+    known = len(tokenizer)
+    vocabulary = extend_tokenizer(tokenizer, codes)
+    rows = model.get_input_embeddings().num_embeddings
+    if known == len(tokenizer) <= rows:
+        return vocabulary
+    if rows < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    first = min(vocabulary.all_ids)
+    generator = torch.Generator().manual_seed(seed)
+    for weight_VD in _vocabulary_weights(model):
+        _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), generator)
+    return vocabulary
+
+
+def add_lora(
+    model: InternVLForConditionalGeneration,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str] = LORA_TARGETS,
+) -> None:
+    """Puts LoRA layers into the text model's linear layers, in place (lineage: Sa2VA, rank 128, alpha 256).
+
+    The model keeps its class, and embeddings and head stay whole and tied as they were: they are trained directly
+    (`set_trainable`) rather than through copies. Raises ValueError if it has LoRA already or no layer is so named.
+    """
+    if _lora_layers(model):
+        raise ValueError(f"model: has {len(_lora_layers(model))} LoRA layers already, expected none: merge_lora first")
+    names = {name.rpartition(".")[2] for name, part in _text(model).named_modules() if isinstance(part, nn.Linear)}
+    if missing := sorted(set(target_modules) - names):
+        raise ValueError(f"target_modules: got {missing}, expected some of {sorted(names)}")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        # the vision tower has layers of the same names
+        target_modules=rf"model\.language_model\..*\.({'|'.join(target_modules)})",
+    )
+    inject_adapter_in_model(config, model)
+
+
+def merge_lora(model: InternVLForConditionalGeneration) -> int:
+    """The number of LoRA layers folded into plain linear layers, in place; 0 if there were none."""
+    layers = _lora_layers(model)
+    for name, layer in layers:
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return len(layers)
+
+
+def set_trainable(
+    model: InternVLForConditionalGeneration, *, vision: bool, projector: bool, language: Language, embeddings: bool
+) -> None:
+    """Sets what trains: the four parts named, each wholly or not; `language="lora"` trains the LoRA layers alone.
+
+    `embeddings` covers the input embeddings and the output head. Raises ValueError for "lora" without LoRA layers and
+    for an unknown `language`.
+    """
+    if language not in ("lora", "full", "frozen"):
+        raise ValueError(f"language: got {language!r}, expected 'lora', 'full' or 'frozen'")
+    if language == "lora" and not _lora_layers(model):
+        raise ValueError("language: got 'lora', but the model has no LoRA layers: call add_lora first")
+    model.requires_grad_(False)
+    model.model.vision_tower.requires_grad_(vision)
+    model.model.multi_modal_projector.requires_grad_(projector)
+    for name, parameter in _text(model).named_parameters():
+        parameter.requires_grad = language == "full" or (language == "lora" and ".lora_" in name)
+    for weight_VD in _vocabulary_weights(model):
+        weight_VD.requires_grad = embeddings
+
+
+def _text(model: InternVLForConditionalGeneration) -> nn.Module:
+    text: nn.Module = model.model.language_model
+    return text
+
+
+def _vocabulary_weights(model: InternVLForConditionalGeneration) -> list[nn.Parameter]:
+    """The input embeddings' weight, and the output head's where it is another one."""
+    given, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return [given] if head is given else [given, head]
+
+
+@torch.no_grad()
+def _fill_rows(weight_VD: nn.Parameter, first: int, end: int, generator: torch.Generator) -> None:
+    """Sets rows `first` to `end` from the mean and spread of the rows before them."""
+    old_VD = weight_VD[:first].float()
+    noise_ND = torch.randn(end - first, weight_VD.shape[1], generator=generator).to(weight_VD.device)
+    weight_VD[first:end] = (old_VD.mean(0) + NOISE * old_VD.std(0) * noise_ND).to(weight_VD.dtype)
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
