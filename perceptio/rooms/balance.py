@@ -27,7 +27,7 @@ def balanced_weights(marks_CM: Floats, chance_M: Floats, base_C: Floats | None =
     wish_C = np.ones(len(marks_CM)) if base_C is None else base_C
     for _ in range(_ROUNDS):
         scores_C = marks_CM @ dual_M
-        weights_C = wish_C * np.exp(scores_C - scores_C.max())
+        weights_C: Floats = wish_C * np.exp(scores_C - scores_C.max())
         weights_C /= weights_C.sum()
         mean_M = weights_C @ marks_CM
         error_M = mean_M - chance_M
