@@ -139,7 +139,7 @@ class AssembleRecipe(Section):
 
 class LoraRecipe(Section):
     rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: Positive
     dropout: Share
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -92,10 +92,10 @@ class Objective(nn.Module):
         """Adds the mask terms, a mean over the masks of each sample; the decoder runs even where there is no mask,
         since every rank must run every trained part."""
         size = self.model.segmenter.sam2.config.image_size
-        pixels_B3SS = batch.sam2_pixels_B3SS
-        if len(pixels_B3SS) == 0:
-            pixels_B3SS = pixels_B3SS.new_zeros(1, 3, size, size)
-        features = self.model.image_features(pixels_B3SS.to(hidden_BTD.dtype))
+        pixels_E3SS = batch.sam2_pixels_E3SS
+        if len(pixels_E3SS) == 0:
+            pixels_E3SS = pixels_E3SS.new_zeros(1, 3, size, size)
+        features = self.model.image_features(pixels_E3SS.to(hidden_BTD.dtype))
         hidden_MD = hidden_BTD[batch.seg_sample_M, batch.seg_position_M]
         logits_MHW = self.model.masks(hidden_MD, features, batch.seg_image_M).logits_MHW.float()
         if len(logits_MHW) == 0:

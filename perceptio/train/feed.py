@@ -1,0 +1,71 @@
+"""What a worker trains on: its micro-batches of each global batch, read ahead in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from perceptio.data.collator import Batch, Item, Preprocess, collate, count_image_tokens, load_item
+from perceptio.data.mixture import Mixture
+from perceptio.data.shards import SampleTable
+from perceptio.data.template import render
+from perceptio.vocabulary import SpatialVocabulary
+from schemas.recipe import MixtureEntry
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The micro-batches of one rank; a pure function of (seed, tables, step)."""
+
+    tables: Sequence[SampleTable]  # one per mixture entry
+    entries: Sequence[MixtureEntry]
+    mixture: Mixture
+    seed: int
+    processor: Any  # of the base: tokenizer and image processor
+    vocabulary: SpatialVocabulary
+    max_objects: int
+    max_length: int
+    sam2_pixels: Preprocess
+    sam2_size: int
+
+    def item(self, position: int) -> Item:
+        """The decoded sample at a position of the mixture."""
+        slot = self.mixture.at(position)
+        entry, key = self.entries[slot.source], (self.seed, position)
+        row = self.tables[slot.source].row(slot.row_group, slot.row)
+        dialogue = render(
+            row,
+            entry,
+            self.vocabulary,
+            self.processor.tokenizer,
+            key=key,
+            max_objects=self.max_objects,
+            image_tokens=count_image_tokens(self.processor, row["height"], row["width"]),
+        )
+        return load_item(row, dialogue, source=slot.source, key=key)
+
+    def batches(self, step: int, *, rank: int, world: int, micro_batch: int) -> list[Batch]:
+        """The micro-batches of `rank` in global batch `step`."""
+        items = [self.item(position) for position in self.mixture.positions_of(step, rank, world)]
+        return [
+            collate(
+                items[first : first + micro_batch],
+                processor=self.processor,
+                sam2_pixels=self.sam2_pixels,
+                sam2_size=self.sam2_size,
+                max_length=self.max_length,
+            )
+            for first in range(0, len(items), micro_batch)
+        ]
+
+    def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
+        """`batches` of steps [first, last), each made while the one before is trained on."""
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            waiting = [pool.submit(self.batches, first, rank=rank, world=world, micro_batch=micro_batch)]
+            for step in range(first, last):
+                ready = waiting.pop().result()
+                if step + 1 < last:
+                    waiting.append(pool.submit(self.batches, step + 1, rank=rank, world=world, micro_batch=micro_batch))
+                yield ready

@@ -1,0 +1,239 @@
+"""Co-trains the model on the recipe's weighted mixture.
+
+    perceptio train --recipe rooms
+
+Reads   samples/ of every source in the mixture, codebook/
+Writes  runs/RUN/ (checkpoints, metrics.jsonl), model/ (a plain Hugging Face folder), its manifest last
+Needs   train.workers workers. A run is named by the digest of all that it depends on, and resumes where it stopped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import ray.train
+import torch
+from perceptio.data.shards import SampleTable
+from ray.exceptions import RayError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from perceptio.data.mixture import Mixture, MixtureSource
+from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.segmentation.sam2_image import preprocess
+from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
+from perceptio.train.feed import Feed
+from perceptio.train.optim import deepspeed_config, optimizer_and_schedule
+from perceptio.train.step import Objective, train_step
+from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
+from schemas.recipe import Recipe, section_digest
+from workflows import runtime
+from workflows.commits import Root, StageError, Table, open_root, require_same
+from workflows.folders import local_copy, publish, require
+from workflows.train_log import TrainLog, watched
+
+log = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe) -> None:
+    """Trains, resumes, or leaves a finished model alone; raises StageError where an input is missing or another's."""
+    root = open_root(recipe.root)
+    inputs = _inputs(recipe, root)
+    standing = root.manifest("model")
+    if standing is not None:
+        require_same("model", standing.inputs, inputs)
+        log.info("model: complete")
+        return
+    runtime.start(recipe)
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    train = recipe.train
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"recipe": recipe.model_dump_json(), "run": name, "inputs": inputs},
+        scaling_config=ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=train.gpus_per_worker > 0,
+            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=root.at("runs") if root.uri == root.path or "file" in root.fs.protocol else f"{root.uri}/runs",
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+        ),
+    )
+    try:
+        with watched(root, name, train.steps):
+            trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        raise StageError(f"train: run {name} failed: {error}. Checkpoints stay: run it again to resume") from error
+    require(root, "model", stage="train")
+
+
+def _inputs(recipe: Recipe, root: Root) -> dict[str, str]:
+    """Digests of all that the model depends on; raises StageError where codes and codebook do not belong together."""
+    codebook = require(root, "codebook", stage="codebook")
+    inputs = {
+        "codebook": codebook.digest,
+        "train": section_digest(recipe.train, exclude={"max_failures", "keep_checkpoints", "checkpoint_every"}),
+        "model": section_digest(recipe.model),
+        "seed": str(recipe.seed),
+    }
+    for entry in recipe.train.mixture:
+        table = Table(root, "samples", entry.source)
+        manifest = table.require()
+        made_with = manifest.inputs.get("codebook", codebook.digest)
+        if made_with != codebook.digest:
+            raise StageError(
+                f"{table}: its codes were made with codebook {made_with[:16]}, codebook/ is {codebook.digest[:16]}:"
+                " tokenize and assemble again, or restore that codebook"
+            )
+        inputs[f"samples/{entry.source}"] = manifest.digest
+    return inputs
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One worker's whole run: from the recipe to the published model."""
+    recipe = Recipe.model_validate_json(config["recipe"])
+    train, root = recipe.train, open_root(recipe.root)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(train.threads)
+    torch.manual_seed(recipe.seed)
+    model, processor = _model(recipe, root)
+    feed = _feed(recipe, model, processor)
+    objective = Objective(model, train.losses, len(train.mixture))
+    optimizer, schedule = optimizer_and_schedule(objective, train)
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, world)
+    )
+    assert model.codec is not None
+    model.codec.to(engine.device)
+    step = _resume(engine, feed.mixture)
+    steps = TrainLog(root, config["run"], step) if rank == 0 else None
+    sources = [entry.source for entry in train.mixture]
+    for batches in feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch):
+        torch.manual_seed(_mixed(recipe.seed, step, rank))  # dropout: a resumed step draws what it would have drawn
+        report = train_step(engine, batches, sources)
+        step += 1
+        if steps is not None:
+            steps.add(step, report, schedule.get_last_lr()[0])
+        if step % train.checkpoint_every == 0 or step == train.steps:
+            _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
+    _publish(recipe, root, config, engine, model, processor, rank)
+
+
+def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneration, Any]:
+    """The untrained model, with the recipe's parts set to train."""
+    part = recipe.model
+    model, processor = PerceptioForConditionalGeneration.from_parts(
+        runtime.weights(part.base, "base"),
+        runtime.weights(part.sam2, "segmenter"),
+        local_copy(root, "codebook", stage="codebook"),
+        max_objects=part.max_objects,
+    )
+    lora = part.lora
+    if lora is not None and part.language == "lora":
+        add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.targets)
+    set_trainable(
+        model, vision=part.train_vision, projector=part.train_projector, language=part.language, embeddings=True
+    )
+    return model, processor
+
+
+def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: Any) -> Feed:
+    train = recipe.train
+    tables = [SampleTable(recipe.root, entry.source) for entry in train.mixture]
+    mixture = Mixture(
+        [
+            MixtureSource(entry.source, entry.weight, table.row_groups, table.digest)
+            for entry, table in zip(train.mixture, tables, strict=True)
+        ],
+        seed=recipe.seed,
+        streams=train.streams,
+        global_batch=train.global_batch,
+    )
+    return Feed(
+        tables=tables,
+        entries=train.mixture,
+        mixture=mixture,
+        seed=recipe.seed,
+        processor=processor,
+        vocabulary=model.config.vocabulary,
+        max_objects=recipe.model.max_objects,
+        max_length=recipe.model.max_length,
+        sam2_size=model.segmenter.sam2.config.image_size,
+        sam2_pixels=preprocess,
+    )
+
+
+def _resume(engine: Any, mixture: Mixture) -> int:
+    """The step to go on at: 0, or that of the last checkpoint, which is verified before it is loaded."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        return mixture.step_of(load_checkpoint(engine, Path(folder)))
+
+
+def _checkpoint(engine: Any, state: dict[str, int | str], step: int, loss: float) -> None:
+    with tempfile.TemporaryDirectory(prefix="perceptio-checkpoint-") as folder:
+        save_checkpoint(engine, Path(folder), state)
+        ray.train.report(
+            {"step": step, "loss": loss},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step-{step:08d}",
+        )
+
+
+def _publish(
+    recipe: Recipe,
+    root: Root,
+    config: dict[str, Any],
+    engine: Any,
+    model: PerceptioForConditionalGeneration,
+    processor: Any,
+    rank: int,
+) -> None:
+    """Writes model/ from rank 0: weights gathered, LoRA merged, processor, codebook, digests, manifest last."""
+    parameters = list(model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        if rank != 0 or root.manifest("model") is not None:
+            return
+        if recipe.model.language == "lora":
+            merge_lora(model)
+        with tempfile.TemporaryDirectory(prefix="perceptio-model-") as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            digests = {
+                "run": config["run"],
+                "codebook_digest": model.config.codebook_digest,
+                "inputs": config["inputs"],
+            }
+            (Path(folder) / "perceptio.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
+            publish(
+                root,
+                Path(folder),
+                "model",
+                stage="train",
+                attempt=runtime.attempt_id(),
+                recipe=recipe.digest,
+                code=runtime.code_version(),
+                inputs=config["inputs"],
+                licences=_licences(recipe, root),
+            )
+
+
+def _licences(recipe: Recipe, root: Root) -> tuple[Any, ...]:
+    return require(root, "codebook", stage="codebook").licences
+
+
+def _mixed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")

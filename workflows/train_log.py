@@ -1,0 +1,93 @@
+"""The log of a training run: rank 0 writes metrics.jsonl, the driver reads it back as a progress line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from perceptio.train.step import StepReport
+from workflows.commits import Root
+
+METRICS_NAME = "metrics.jsonl"
+LOG_EVERY_S = 15.0
+WRITING_SHARE = 0.05  # of the time at most goes into rewriting the file
+
+log = logging.getLogger(__name__)
+
+
+class TrainLog:
+    """Appends one line a step to ROOT/runs/RUN/metrics.jsonl; a resumed run cuts what lies behind its checkpoint."""
+
+    def __init__(self, root: Root, run: str, first_step: int) -> None:
+        self.root, self.place = root, ("runs", run, METRICS_NAME)
+        self.root.fs.makedirs(root.at("runs", run), exist_ok=True)
+        self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
+        self.began, self.next_write = time.monotonic(), 0.0
+
+    def add(self, step: int, report: StepReport, learning_rate: float) -> None:
+        """Adds the report of `step` (counted from 1)."""
+        line = {"step": step, "seconds": round(time.monotonic() - self.began, 3), "learning_rate": learning_rate}
+        self.lines.append(line | dataclasses.asdict(report))
+        if time.monotonic() >= self.next_write:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the whole file; how often depends on how long that takes."""
+        started = time.monotonic()
+        self.root.write("".join(json.dumps(line) + "\n" for line in self.lines).encode(), *self.place)
+        self.next_write = time.monotonic() + max(1.0, (time.monotonic() - started) / WRITING_SHARE)
+
+
+def read_metrics(root: Root, run: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, [] where there is none."""
+    data = root.read("runs", run, METRICS_NAME) or b""
+    return [json.loads(line) for line in data.decode().splitlines()]
+
+
+@contextmanager
+def watched(root: Root, run: str, steps: int) -> Iterator[None]:
+    """Shows the run's progress while the block runs: a bar on a terminal, a log line now and then elsewhere."""
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(root, run, steps, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
+    console, said = Console(stderr=True), time.monotonic()
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total} steps, {task.fields[note]}"),
+    )
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task("train", total=steps, note="starting")
+    if console.is_terminal:
+        bar.start()
+    try:
+        while not done.wait(1.0):
+            lines = read_metrics(root, run)
+            if not lines:
+                continue
+            last = lines[-1]
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in last["terms"].items())
+            bar.update(task, completed=last["step"], note=f"loss {last['loss']:.3f}")
+            if not console.is_terminal and time.monotonic() - said > LOG_EVERY_S:
+                said = time.monotonic()
+                log.info("train: %d of %d steps, loss %.3f (%s)", last["step"], steps, last["loss"], terms)
+    finally:
+        if console.is_terminal:
+            bar.stop()
