@@ -299,13 +299,6 @@ def require_same(what: str, found: Mapping[str, str], wanted: Mapping[str, str])
         )
 
 
-def file_entries(root: Root, *folder: str) -> tuple[FileEntry, ...]:
-    """Size and checksum of every file directly in a folder that is not a table, its manifest left out."""
-    names = [name for name in root.files(*folder) if name != MANIFEST_NAME]
-    contents = ((name, root.fs.cat_file(root.at(*folder, name))) for name in names)
-    return tuple(FileEntry(path=n, rows=0, size=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in contents)
-
-
 def write_manifest(root: Root, manifest: Manifest, *folder: str) -> None:
     """Writes a folder's manifest: the last file of a table, codebook, checkpoint or evaluation."""
     root.write(manifest.model_dump_json(indent=1).encode(), *folder, MANIFEST_NAME)

@@ -120,7 +120,7 @@ def settings_digest(section: BaseModel, pool: PoolRecipe) -> str:
 
 
 def shipped(part: str) -> Path:
-    """The folder of a small pretrained part that comes with the package: teacher, sam2 or base."""
+    """The folder of a small pretrained part that comes with the package: teacher, segmenter or base."""
     folder = CHECKOUT / "perceptio" / "rooms" / "zoo" / part
     if not folder.is_dir():
         raise StageError(f"the shipped part '{part}' is not at {folder}: reinstall the package, or name a folder")
@@ -130,6 +130,11 @@ def shipped(part: str) -> Path:
 def weights(name: str, part: str) -> str:
     """What a recipe's weights field means: "rooms" is the shipped part, all else a folder or hub id as it stands."""
     return str(shipped(part)) if name == "rooms" else name
+
+
+def device() -> str:
+    """Where an actor's model runs: the accelerator that Ray gave it, else the CPU."""
+    return "cuda" if ray.get_gpu_ids() else "cpu"
 
 
 def code_version() -> str:

@@ -1,0 +1,66 @@
+"""Masks on disk and on the wire: COCO's compressed run lengths, checked before they are decoded.
+
+Shape legend: O objects, H, W image height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco
+
+Bools = npt.NDArray[np.bool_]
+Rle = dict[str, Any]  # height, width, counts: a row of schemas.tables.RLE
+
+
+def masks_to_rle(masks_OHW: Bools) -> list[Rle]:
+    """One run-length record per mask, in order."""
+    height, width = masks_OHW.shape[1:]
+    columns_HWO = np.asfortranarray(masks_OHW.astype(np.uint8).transpose(1, 2, 0))
+    return [
+        {"height": height, "width": width, "counts": record["counts"].decode("ascii")}
+        for record in coco.encode(columns_HWO)
+    ]
+
+
+def rle_to_mask(rle: Mapping[str, Any]) -> Bools:
+    """The mask (H, W) of a run-length record.
+
+    Raises ValueError where the runs do not add up to height x width: the decoder itself would read past them.
+    """
+    height, width, counts = int(rle["height"]), int(rle["width"]), str(rle["counts"])
+    covered = sum(_runs(counts))
+    if height < 1 or width < 1 or covered != height * width:
+        raise ValueError(
+            f"run lengths cover {covered} pixels, expected {height} x {width}: the mask is another image's"
+        )
+    decoded_HW = coco.decode({"size": [height, width], "counts": counts.encode("ascii")})
+    return np.ascontiguousarray(decoded_HW).astype(bool)
+
+
+def _runs(counts: str) -> list[int]:
+    """The run lengths of COCO's text form: 5 bits a letter, lowest first; from the fourth on less the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(
+                f"run lengths hold {letter!r}, expected letters from '0' to 'o': not COCO's compressed form"
+            )
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            raise ValueError(f"run {len(runs)} of the mask has length {runs[-1]}, expected 0 or more")
+        value = shift = 0
+    if shift:
+        raise ValueError("the mask's run lengths end in the middle of a number: they were cut off")
+    return runs
