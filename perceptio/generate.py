@@ -109,7 +109,8 @@ class Perceiver:
         grammars = [self._grammar(request) for request in requests]
         started = time.perf_counter()
         ids_BT, mask_BT, pixel_values = self._inputs(requests)
-        extra = self.model.config.max_objects + self.codec.tokens + 2
+        objects = any(request.segmentation != "off" for request in requests) * self.model.config.max_objects
+        block = any(request.depth != "off" for request in requests) * (self.codec.tokens + 2)
         processors = []
         if use_grammar:
             size = self.model.config.text_config.vocab_size
@@ -120,7 +121,7 @@ class Perceiver:
                 attention_mask=mask_BT,
                 pixel_values=pixel_values,
                 do_sample=False,
-                max_new_tokens=max_new_tokens + extra,
+                max_new_tokens=max_new_tokens + objects + block,
                 eos_token_id=self.eos_id,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 logits_processor=LogitsProcessorList(processors),

@@ -122,7 +122,7 @@ def set_trainable(
         raise ValueError(f"language: got {language!r}, expected 'lora', 'full' or 'frozen'")
     if language == "lora" and not _lora_layers(model):
         raise ValueError("language: got 'lora', but the model has no LoRA layers: call add_lora first")
-    model.requires_grad_(False)
+    model.model.requires_grad_(False)  # what else a subclass has is its own affair
     model.model.vision_tower.requires_grad_(vision)
     model.model.multi_modal_projector.requires_grad_(projector)
     for name, parameter in _text(model).named_parameters():
