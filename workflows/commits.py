@@ -17,6 +17,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, ShardCommit
 from schemas.tables import REJECTS, TABLES
@@ -36,6 +38,7 @@ from schemas.tables import REJECTS, TABLES
 STAGE_OF = {"images": "ingest", "depth": "depth", "masks": "masks", "codes": "tokenize", "samples": "assemble"}
 STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
 PLAN = "plan.json"
+PART = re.compile(r"part-(\d+)-")
 
 
 class StageError(Exception):
@@ -112,7 +115,10 @@ class Root:
     def manifest(self, *folder: str) -> Manifest | None:
         """The manifest of a finished folder, None where it is not finished."""
         data = self.read(*folder, MANIFEST_NAME)
-        return None if data is None else Manifest.model_validate_json(data)
+        try:
+            return None if data is None else Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise DamagedTableError(f"{self.at(*folder, MANIFEST_NAME)} cannot be read: {error}") from error
 
     @property
     def _local(self) -> bool:
@@ -151,13 +157,14 @@ class Table:
     def committed(self) -> dict[int, ShardCommit]:
         """The marker of every committed shard, by shard number."""
         names = [name for name in self.root.files(self.name, self.source, "_commits") if name != PLAN]
-        commits = (ShardCommit.model_validate_json(self._read("_commits", name)) for name in names if "~" not in name)
+        commits = (self._marker(name, self._read("_commits", name)) for name in names if name.endswith(".json"))
         return {commit.shard: commit for commit in commits}
 
     def find(self, shard: int) -> ShardCommit | None:
         """The marker of one shard, None where it is not committed."""
-        data = self.root.read(self.name, self.source, "_commits", f"{shard:06d}.json")
-        return None if data is None else ShardCommit.model_validate_json(data)
+        name = f"{shard:06d}.json"
+        data = self.root.read(self.name, self.source, "_commits", name)
+        return None if data is None else self._marker(name, data)
 
     def commit(
         self, shard: int, attempt: str, table: pa.Table, rejects: pa.Table, read: int, row_group_rows: int = 10_000
@@ -190,12 +197,12 @@ class Table:
         written = [(e.path, d) for e, d in ((entry, data), (rejects_entry, rejects_data)) if e is not None]
         for path, content in written:
             self.root.write(content, self.name, self.source, path)
-        marker = commit.model_dump_json(indent=1).encode()
-        if self.root.create(marker, self.name, self.source, "_commits", f"{shard:06d}.json"):
+        name = f"{shard:06d}.json"
+        if self.root.create(commit.model_dump_json(indent=1).encode(), self.name, self.source, "_commits", name):
             return commit
         for path, _ in written:
             self.root.delete(self.name, self.source, path)
-        return ShardCommit.model_validate_json(self._read("_commits", f"{shard:06d}.json"))
+        return self._marker(name, self._read("_commits", name))
 
     def read_shard(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The kept rows of a committed shard, in order. Raises DamagedTableError for a file that was changed."""
@@ -205,7 +212,7 @@ class Table:
         if commit.data is None:
             empty = self.schema.empty_table()
             return empty if columns is None else empty.select(list(columns))
-        return pq.read_table(io.BytesIO(self._checked(commit.data)), columns=columns)
+        return pq.read_table(io.BytesIO(self.checked(commit.data)), columns=columns)
 
     def finish(self, commits: Mapping[int, ShardCommit], **fields: Any) -> Manifest:
         """Writes the manifest of a table whose shards are all in `commits`, after deleting what lost attempts left.
@@ -221,7 +228,7 @@ class Table:
             kept=sum(commit.kept for commit in shards),
             rejected=sum(commit.rejected for commit in shards),
             shards=shards,
-            digest=hashlib.sha256(_json([(c.shard, c.read, c.content, c.reasons) for c in shards])).hexdigest(),
+            digest=table_digest(shards),
             **fields,
         )
         write_manifest(self.root, manifest, self.name, self.source)
@@ -238,23 +245,25 @@ class Table:
             raise StageError(f"{self.root.uri}: {self} has no {MANIFEST_NAME}: run `{self.stage}` first")
         return manifest
 
-    def strays(self) -> list[str]:
-        """Files of committed shards that no marker names: what killed attempts left, relative to the table."""
+    def unnamed(self) -> list[str]:
+        """Files of the table and its rejects that no marker names, relative to the table's folder."""
         commits = self.committed()
         known = {entry.path for c in commits.values() for entry in (c.data, c.rejects) if entry is not None}
-        found = self.root.files(self.name, self.source)
+        found = [name for name in self.root.files(self.name, self.source) if name != MANIFEST_NAME]
         found += [self._rejects_path(name) for name in self.root.files("rejects", self.stage, self.source)]
-        parts = [path for path in found if posixpath.basename(path).startswith("part-") and path not in known]
-        return [path for path in parts if _shard_of(path) in commits]
+        return [path for path in found if path not in known]
 
     def clean(self) -> list[str]:
-        """Deletes the strays and says which; files of uncommitted shards may be someone's work and stay."""
-        strays = self.strays()
+        """Deletes what killed attempts left of committed shards, and says which files; others may be someone's work."""
+        commits = self.committed()
+        parts = [(path, PART.match(posixpath.basename(path))) for path in self.unnamed()]
+        strays = [path for path, part in parts if part is not None and int(part[1]) in commits]
         for path in strays:
             self.root.delete(self.name, self.source, path)
         return strays
 
-    def _checked(self, entry: FileEntry) -> bytes:
+    def checked(self, entry: FileEntry) -> bytes:
+        """A file's bytes. Raises DamagedTableError where they are missing or not those that were committed."""
         data = self.root.read(self.name, self.source, entry.path)
         if data is None:
             raise DamagedTableError(f"{self}: file {entry.path} is missing: restore it, or delete its marker and rerun")
@@ -265,6 +274,12 @@ class Table:
                 f" {entry.size} and {entry.sha256[:16]}: it was changed; restore it, or delete its marker and rerun"
             )
         return data
+
+    def _marker(self, name: str, data: bytes) -> ShardCommit:
+        try:
+            return ShardCommit.model_validate_json(data)
+        except ValidationError as error:
+            raise DamagedTableError(f"{self}: marker {name} cannot be read: {error}; delete it and rerun") from error
 
     def _read(self, *parts: str) -> bytes:
         data = self.root.read(self.name, self.source, *parts)
@@ -287,6 +302,11 @@ def content_digest(table: pa.Table) -> str:
         for buffer in _canonical(column):
             digest.update(buffer)
     return digest.hexdigest()
+
+
+def table_digest(shards: Sequence[ShardCommit]) -> str:
+    """Hex SHA-256 over what the shards hold, whoever committed them."""
+    return hashlib.sha256(_json([(c.shard, c.read, c.content, c.reasons) for c in shards])).hexdigest()
 
 
 def require_same(what: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -340,10 +360,6 @@ def _draft(path: str, data: bytes) -> Path:
         stream.flush()
         os.fsync(stream.fileno())
     return draft
-
-
-def _shard_of(path: str) -> int:
-    return int(posixpath.basename(path).split("-")[1])
 
 
 def _json(value: Any) -> bytes:

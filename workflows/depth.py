@@ -19,19 +19,14 @@ import pyarrow as pa
 import torch
 
 from perceptio.data.images import ImageLimits, decode, decode_depth16, encode_depth16
-from perceptio.depth.teacher import DepthError, DepthReason, DepthTeacher, TeacherMap, inv_depth_from_metric
+from perceptio.depth.teacher import DepthError, DepthTeacher, TeacherMap, inv_depth_from_metric
 from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import DEPTH, Reason
 from workflows.commits import Table, open_root
 from workflows.runtime import Job, Reject, ShardResult, ahead, device, run_shards, settings_digest, weights
 
-CONVENTION = "inv_depth: 0 farthest, 1 closest, per image"
-REASONS = {
-    DepthReason.CONSTANT: Reason.CONSTANT_DEPTH,
-    DepthReason.NOT_FINITE: Reason.NOT_FINITE_DEPTH,
-    DepthReason.NOT_POSITIVE: Reason.NOT_FINITE_DEPTH,
-}
+CONVENTION = "inv_depth in [0, 1], larger = closer, min-max scaled per image"
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`
 
 Row = dict[str, Any]
@@ -122,7 +117,7 @@ def _rows(batch: tuple[list[Row], list[TeacherMap | DepthError]]) -> list[Row | 
 
 def _row(row: Row, found: TeacherMap | DepthError) -> Row | Reject:
     if isinstance(found, DepthError):
-        return Reject(REASONS[found.reason], str(found), row["id"], row["uri"])
+        return Reject(found.reason, str(found), row["id"], row["uri"])
     png = encode_depth16(found.inv_depth_HW)
     return {"id": row["id"], "inv_depth": png, "raw_min": found.raw_min, "raw_max": found.raw_max}
 

@@ -28,7 +28,6 @@ from workflows.folders import local_copy, require
 from workflows.runtime import Job, ShardResult, ahead, device, run_shards, settings_digest
 
 STEPS = 65535  # inv_depth 1.0 in 16 bits
-SAME = ("teacher", "convention")  # what the maps and the codebook must agree on
 
 Row = dict[str, Any]
 
@@ -85,8 +84,11 @@ def run(recipe: Recipe) -> None:
 
 def require_kin(codebook: Manifest, depth: Manifest) -> None:
     """Raises OtherInputsError, naming both sides, where a codebook was made for other depth than the table's."""
-    for key in SAME:
-        made_for, found = codebook.inputs.get(key), depth.inputs.get(key)
+    for key, made_for in (
+        ("teacher", codebook.inputs.get("teacher")),
+        ("convention", codebook.extra.get("convention")),
+    ):
+        found = depth.inputs.get(key)
         if made_for != found:
             raise OtherInputsError(
                 f"the codebook was made for {key} '{made_for}', but depth/{depth.source} has '{found}':"
