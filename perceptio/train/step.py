@@ -92,7 +92,7 @@ class Objective(nn.Module):
         """Adds the mask terms, a mean over the masks of each sample; the decoder runs even where there is no mask,
         since every rank must run every trained part."""
         size = self.model.segmenter.sam2.config.image_size
-        pixels_E3SS = batch.sam2_pixels_E3SS
+        pixels_E3SS = batch.sam2_pixels_B3SS
         if len(pixels_E3SS) == 0:
             pixels_E3SS = pixels_E3SS.new_zeros(1, 3, size, size)
         features = self.model.image_features(pixels_E3SS.to(hidden_BTD.dtype))

@@ -1,0 +1,176 @@
+"""The objective: how a global batch is cut does not matter, and a batch without a part trains on in peace."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perceptio.data.collator import Batch, collate, count_image_tokens, load_item
+from perceptio.data.images import encode_depth16
+from perceptio.data.masks import masks_to_rle
+from perceptio.data.template import LossKind, render
+from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.segmentation.sam2_image import preprocess
+from perceptio.train.optim import parameter_groups
+from perceptio.train.step import TERMS, Objective, counts_by_source
+from perceptio.vlm.backbone import set_trainable
+from schemas.recipe import LossWeights, MixtureEntry, load_recipe
+from tests.tiny import tiny_parts
+
+WEIGHTS = LossWeights(
+    text=1,
+    marker=1,
+    token=1,
+    count=0.1,
+    reconstruction=1,
+    mask_bce=2,
+    mask_dice=0.5,
+    temperature=1.25,
+    gradient=0.5,
+    mask_points=64,
+)
+ENTRIES = [
+    MixtureEntry(source="referring", weight=1, segmentation=True, depth=True),
+    MixtureEntry(source="plain", weight=1, segmentation=False, depth=False),
+]
+
+
+def sample(number: int) -> dict[str, Any]:
+    rng = np.random.default_rng(number)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(file, "PNG")
+    masks = np.zeros((2, 48, 64), dtype=np.bool_)
+    masks[0, 5:20, 8 : 30 + number], masks[1, 30:40, 40:60] = True, True
+    turn = {"form": "", "answer": "Sure.", "expression": "", "choices": []}
+    return {
+        "id": f"{number:016x}",
+        "image": file.getvalue(),
+        "width": 64,
+        "height": 48,
+        "turns": [
+            turn | {"kind": "referring", "prompt": "Please segment both lamps.", "objects": [1, 0]},
+            turn | {"kind": "count", "prompt": "How many lamps?", "answer": "2", "objects": []},
+        ],
+        "masks": masks_to_rle(masks),
+        "codes": rng.integers(0, 8, 4).tolist(),
+        "depth_target": encode_depth16(rng.integers(0, 65536, (16, 16), dtype=np.uint16)),
+    }
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[PerceptioForConditionalGeneration, Any]:
+    folders = tiny_parts(tmp_path_factory.mktemp("parts"))
+    model, processor = PerceptioForConditionalGeneration.from_parts(
+        folders["base"], folders["sam2"], folders["codebook"], max_objects=2
+    )
+    set_trainable(model, vision=True, projector=True, language="full", embeddings=True)
+    return model.train(), processor
+
+
+def batch_of(parts: tuple[PerceptioForConditionalGeneration, Any], numbers: Sequence[tuple[int, int]]) -> Batch:
+    """A batch of (number, entry) samples."""
+    model, processor = parts
+    items = []
+    for number, entry in numbers:
+        row = sample(number)
+        kinds = ("referring",) if ENTRIES[entry].segmentation else ("count",)
+        dialogue = render(
+            row,
+            ENTRIES[entry].model_copy(update={"kinds": kinds}),
+            model.config.vocabulary,
+            processor.tokenizer,
+            key=(0, number),
+            max_objects=2,
+            image_tokens=count_image_tokens(processor, 48, 64),
+        )
+        items.append(load_item(row, dialogue, source=entry, key=(0, number)))
+    return collate(items, processor=processor, sam2_pixels=preprocess, sam2_size=64, max_length=512)
+
+
+def gradients(
+    parts: tuple[PerceptioForConditionalGeneration, Any], batches: Sequence[Batch]
+) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss, gradients and sums by source of a global batch cut into these micro-batches."""
+    model, _ = parts
+    model.zero_grad()
+    objective = Objective(model, WEIGHTS, len(ENTRIES))
+    counts_C = counts_by_source(batches, len(ENTRIES)).sum(0)
+    total, sums_QC = 0.0, torch.zeros(len(ENTRIES), len(TERMS))
+    for batch in batches:
+        loss, sums = objective(batch, counts_C)
+        loss.backward()
+        total, sums_QC = total + loss.item(), sums_QC + sums
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, grads, sums_QC
+
+
+MIXED = [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("cut", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1], [2, 0]]])
+def test_cutting_the_global_batch_changes_neither_loss_nor_gradient(parts: Any, cut: list[list[int]]) -> None:
+    loss, whole, sums_QC = gradients(parts, [batch_of(parts, MIXED)])
+    cut_loss, pieces, cut_sums_QC = gradients(parts, [batch_of(parts, [MIXED[i] for i in piece]) for piece in cut])
+    assert cut_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(cut_sums_QC, sums_QC, rtol=1e-4, atol=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_every_term_is_there_and_named_by_source(parts: Any) -> None:
+    _, _, sums_QC = gradients(parts, [batch_of(parts, MIXED)])
+    referring, plain = sums_QC
+    assert (referring > 0).all(), dict(zip(TERMS, referring.tolist(), strict=True))
+    only_text = {term for term, value in zip(TERMS, plain.tolist(), strict=True) if value != 0}
+    assert only_text == {"text"}
+
+
+def test_a_batch_without_masks_or_depth_reaches_every_trained_parameter(parts: Any) -> None:
+    _, full, _ = gradients(parts, [batch_of(parts, [(0, 0), (1, 1)])])
+    loss, plain, _ = gradients(parts, [batch_of(parts, [(1, 1), (3, 1)])])
+    assert np.isfinite(loss)
+    assert set(plain) == set(full)  # a rank that skips a part makes the others wait for ever
+    assert all(torch.isfinite(gradient).all() for gradient in plain.values())
+    assert all((plain[name] == 0).all() for name in plain if name.startswith("segmenter."))
+
+
+def test_only_wanted_parts_train(parts: Any) -> None:
+    _, full, _ = gradients(parts, [batch_of(parts, MIXED)])
+    trained = {name for name in full if name.startswith("segmenter.")}
+    assert any("sam_mask_decoder" in name for name in trained)
+    assert any("projector" in name for name in trained)
+    assert not any("image_encoder" in name or "prompt_encoder" in name for name in trained)
+
+
+def test_counts_are_tokens_and_samples(parts: Any) -> None:
+    batch = batch_of(parts, MIXED)
+    counts = dict(zip(TERMS, counts_by_source([batch], 2)[0].tolist(), strict=True))
+    text = int((batch.loss_kind_BT[[0, 2]] == LossKind.TEXT).sum())
+    assert counts == {
+        "text": text,
+        "marker": 4,
+        "token": 8,
+        "count": 2,
+        "reconstruction": 2,
+        "mask_bce": 2,
+        "mask_dice": 2,
+    }
+
+
+def test_groups_hold_every_trained_parameter_once(parts: Any) -> None:
+    model, _ = parts
+    recipe = load_recipe(Path("workflows/recipes/rooms.yaml")).train
+    groups = parameter_groups(model, recipe)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["masks"] == recipe.mask_learning_rate
+    assert rates["language"] == recipe.learning_rate
+    assert all(group["weight_decay"] == 0 for group in groups if "not decayed" in group["name"])
