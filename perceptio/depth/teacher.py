@@ -88,25 +88,36 @@ class DepthTeacher:
         relative map equals that of transformers' depth-estimation pipeline. Metric depth is turned into 1/z before
         the resize, where every z is still as the model said.
         """
-        pixels = [
-            self.processor(images=image, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-            for image in images
-        ]
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, pixel_values in enumerate(pixels):
-            by_shape[tuple(pixel_values.shape)].append(index)
         maps: dict[int, TeacherMap | DepthError] = {}
-        for indices in by_shape.values():
-            batch_B3HW = torch.cat([pixels[i] for i in indices]).to(self.model.device, self.model.dtype)
+        by_shape: dict[tuple[int, ...], dict[int, torch.Tensor]] = defaultdict(dict)
+        for index, image in enumerate(images):
+            try:
+                pixels_13HW = self._preprocess(image)
+            except DepthError as error:
+                maps[index] = error
+            else:
+                by_shape[tuple(pixels_13HW.shape)][index] = pixels_13HW
+        for indexed in by_shape.values():
+            batch_B3HW = torch.cat(list(indexed.values())).to(self.model.device, self.model.dtype)
             outputs = self.model(pixel_values=batch_B3HW)
             raw_BHW = outputs.predicted_depth.float()
             outputs.predicted_depth = raw_BHW.reciprocal() if self.kind == "metric" else raw_BHW
-            sizes = [images[i].shape[:2] for i in indices]
+            sizes = [images[i].shape[:2] for i in indexed]
             resized = self.processor.post_process_depth_estimation(outputs, sizes)
-            for index, size, result in zip(indices, sizes, resized, strict=True):
+            for index, size, result in zip(indexed, sizes, resized, strict=True):
                 # the reference post-processing squeezes a side of one pixel away
                 maps[index] = _slot(result["predicted_depth"].reshape(size).cpu().numpy())
         return [maps[i] for i in range(len(images))]
+
+    def _preprocess(self, rgb_HW3: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """The model's input (1, 3, H, W); DepthError where a side would shrink to nothing, as the processor finds."""
+        try:
+            inputs = self.processor(images=rgb_HW3, input_data_format="channels_last", return_tensors="pt")
+        except ValueError as error:
+            height, width = rgb_HW3.shape[:2]
+            message = f"the image is {width} x {height} pixels, which the teacher cannot take: {error}"
+            raise DepthError(Reason.TOO_SMALL, message) from error
+        return torch.as_tensor(inputs["pixel_values"])
 
 
 def inv_depth_from_metric(depth_HW: npt.NDArray[Any]) -> TeacherMap:

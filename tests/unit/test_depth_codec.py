@@ -24,6 +24,7 @@ def trained() -> DepthCodebook:
         optimizer.zero_grad()
         codebook(maps(12)).losses["total"].backward()
         optimizer.step()
+    codebook.zero_grad()
     return codebook
 
 

@@ -45,7 +45,8 @@ def write_model(folder: Path, kind: str = "relative", scale: float = 1.0) -> Pat
         max_depth=20 if kind == "metric" else 1,
     )
     model = DepthAnythingForDepthEstimation(config)
-    torch.nn.init.normal_(model.head.conv3.weight)
+    for weight in (weight for weight in model.parameters() if weight.ndim > 1):
+        torch.nn.init.kaiming_normal_(weight)  # the usual start is too small to tell one pixel from another
     torch.nn.init.constant_(model.head.conv3.bias, 0.5)
     model.head.conv3.weight.data *= scale
     model.save_pretrained(folder)
@@ -75,7 +76,7 @@ def test_a_map_equals_the_reference_pipelines(folder: Path) -> None:
 
 def test_maps_come_back_in_order_for_mixed_sizes(folder: Path) -> None:
     teacher = DepthTeacher.from_pretrained(folder)
-    sizes = [(30, 30), (20, 60), (31, 31), (60, 20), (3, 40)]
+    sizes = [(30, 30), (20, 60), (31, 31), (60, 20), (12, 40)]
     images = [image(h, w, seed=h) for h, w in sizes]
     together = teacher(images)
     for rgb, found in zip(images, together, strict=True):
@@ -84,6 +85,14 @@ def test_maps_come_back_in_order_for_mixed_sizes(folder: Path) -> None:
         assert found.inv_depth_HW.shape == rgb.shape[:2]
         assert np.abs(found.inv_depth_HW.astype(int) - alone.inv_depth_HW).max() <= 8  # rounding of another batch size
     assert teacher([]) == []
+
+
+def test_an_image_too_narrow_for_the_model_leaves_its_neighbours_alone(folder: Path) -> None:
+    good, narrow = DepthTeacher.from_pretrained(folder)([image(28, 28), image(3, 40)])
+    assert isinstance(good, TeacherMap)
+    assert isinstance(narrow, DepthError)
+    assert narrow.reason == Reason.TOO_SMALL
+    assert "40 x 3" in str(narrow)
 
 
 def test_a_metric_teacher_gives_the_inverse(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Trains the shipped depth teacher: a small Depth Anything, distilled from the exact depth of rendered rooms.
 
-    python -m workflows.zoo.teacher --minutes 12 --out perceptio/rooms/zoo/teacher
+    python -m workflows.zoo.teacher --minutes 6 --out perceptio/rooms/zoo/teacher
 
 Reads nothing but rooms that it renders itself (kept in --cache for the next run); writes a folder that
 `DepthTeacher.from_pretrained` and transformers' depth-estimation pipeline load, and a model card with held-out
@@ -109,7 +109,7 @@ def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTI
 
     Processor time, so that other work on the machine makes the run longer and not worse.
     """
-    batch, peak = 32, 1e-3
+    batch, peak = 16, 1e-3
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
@@ -177,8 +177,8 @@ def write_card(out: Path, card: dict[str, Any]) -> None:
 def main() -> None:
     """Renders, trains, writes the folder, measures what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=12, help="of one core's time")
-    parser.add_argument("--rooms", type=int, default=5000)
+    parser.add_argument("--minutes", type=float, default=6, help="of one core's time")
+    parser.add_argument("--rooms", type=int, default=1500)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="folder for rendered rooms; default: a temporary one")
     args = parser.parse_args()
