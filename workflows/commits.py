@@ -298,7 +298,7 @@ def content_digest(table: pa.Table) -> str:
     digest = hashlib.sha256()
     for name in table.schema.names:
         column = table[name].combine_chunks()
-        digest.update(f"{name}:{column.type}:{len(column)}".encode())
+        digest.update(f"{name}:{len(column)}".encode())
         for buffer in _canonical(column):
             digest.update(buffer)
     return digest.hexdigest()

@@ -55,7 +55,7 @@ FRAMES = [Image.fromarray(np.roll(picture(), k, 0)) for k in range(3)]
         (b"this is a letter, not a picture", Reason.NOT_AN_IMAGE),
         (JPEG[: len(JPEG) // 2], Reason.TRUNCATED_IMAGE),
         (PNG[: len(PNG) // 2], Reason.TRUNCATED_IMAGE),
-        (encoded(PLAIN, "WEBP")[:100], Reason.NOT_AN_IMAGE),
+        (encoded(PLAIN, "WEBP")[:100], Reason.TRUNCATED_IMAGE),
         (encoded(Image.new("RGB", (1, 1)), "PNG"), Reason.TOO_SMALL),
         (encoded(Image.new("RGB", (400, 4)), "JPEG"), Reason.TOO_SMALL),
         (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), Reason.ANIMATED_IMAGE),
