@@ -1,0 +1,182 @@
+"""The command line: `perceptio COMMAND --recipe FILE_OR_NAME [--root URI] [--set dotted.key=value ...]`.
+
+Exit codes: 0 done, 1 the job failed, 2 wrong usage or recipe. Ray and torch are imported inside the commands, so that
+help and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.recipe import Recipe, RecipeError, load_recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+QUIET = ("ray", "deepspeed", "DeepSpeed", "transformers", "httpx", "matplotlib", "PIL", "fsspec", "s3fs", "botocore")
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of a shipped one.")]
+RootOption = Annotated[str | None, typer.Option("--root", help="Folder or s3:// address instead of the recipe's root.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be given several times.")]
+
+app = typer.Typer(
+    name="perceptio",
+    help="Perceptio on Ray: a vision-language model that writes down what it sees before it answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command line; the console script."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
+    app()
+
+
+@app.command()
+def demo(root: RootOption = "runs/demo") -> None:
+    """The whole pipeline on rendered rooms, from nothing to a served answer and report.html."""
+    _stage("demo", load_recipe(_path("rooms"), root=root))
+
+
+@app.command()
+def run(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Every stage of a recipe in order; what is complete is skipped."""
+    _stage("pipeline", _load(recipe, root, overrides))
+
+
+@app.command()
+def ingest(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Images in: decoded, checked, hashed, with their questions."""
+    _stage("ingest", _load(recipe, root, overrides))
+
+
+@app.command()
+def depth(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """A teacher's inverse depth for every image."""
+    _stage("depth", _load(recipe, root, overrides))
+
+
+@app.command()
+def masks(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Masks for every object that has only a box."""
+    _stage("masks", _load(recipe, root, overrides))
+
+
+@app.command()
+def codebook(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Trains the depth codebook."""
+    _stage("codebook", _load(recipe, root, overrides))
+
+
+@app.command()
+def tokenize(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Depth maps into codes."""
+    _stage("tokenize_depth", _load(recipe, root, overrides))
+
+
+@app.command()
+def assemble(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Joins images, masks and codes into training samples."""
+    _stage("assemble", _load(recipe, root, overrides))
+
+
+@app.command()
+def train(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Trains the model on the mixture; goes on from the last checkpoint."""
+    _stage("train", _load(recipe, root, overrides))
+
+
+@app.command()
+def evaluate(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Held-out figures, each with its interval and its blind baselines."""
+    _stage("evaluate", _load(recipe, root, overrides))
+
+
+@app.command()
+def serve(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Answers over HTTP with the trained model, until Ctrl-C."""
+    _stage("serve", _load(recipe, root, overrides))
+
+
+@app.command()
+def doctor(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Checks the machine: versions, CPUs, memory, disk, port, store; says what is missing."""
+    _stage("doctor", _load(recipe, root, overrides))
+
+
+@app.command()
+def rooms(
+    out: Annotated[Path, typer.Option("--out", help="Empty folder to write to.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Number of rooms.")] = 100,
+    size: Annotated[int, typer.Option("--size", min=32, help="Image side in pixels.")] = 224,
+    seed: Annotated[int, typer.Option("--seed", help="Layout seed.")] = 0,
+) -> None:
+    """Renders rooms into a folder, in the layout of COCO and RefCOCO."""
+    with _job():
+        importlib.import_module("workflows.rooms").write(out, count, size, seed)
+
+
+@app.command()
+def schema() -> None:
+    """Prints the recipe's JSON Schema, for editors."""
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+def _stage(module: str, recipe: Recipe) -> None:
+    """Runs the stage of that module; a stage's file is named for it."""
+    with _job():
+        importlib.import_module(f"workflows.{module}").run(recipe)
+
+
+@contextmanager
+def _job() -> Iterator[None]:
+    """Ends the process with 1 and one message where a job cannot go on; other errors show where they came from."""
+    from workflows.commits import StageError
+
+    try:
+        yield
+    except StageError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        logging.exception("unexpected: %s: %s", type(error).__name__, error)
+        raise typer.Exit(1) from None
+
+
+def _load(recipe: str, root: str | None, overrides: list[str] | None) -> Recipe:
+    """The recipe of a command; ends the process with 2 and one message where it cannot be used."""
+    try:
+        return load_recipe(_path(recipe), overrides=overrides or [], root=root)
+    except RecipeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _path(recipe: str) -> Path:
+    """The file of a recipe that is given as a file or as the name of a shipped one."""
+    shipped = RECIPES / f"{recipe}.yaml"
+    given = Path(recipe)
+    if given.exists() or given.suffix or given.parent != Path() or shipped.exists():
+        return shipped if shipped.exists() and not given.is_file() else given
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise RecipeError(f"recipe '{recipe}' is neither a file nor a shipped recipe; shipped: {known}")
+
+
+if __name__ == "__main__":
+    main()
