@@ -27,7 +27,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import Checkpoint, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +41,6 @@ from workflows import runtime
 from workflows.commits import Root, StageError, Table, open_root, require_same
 from workflows.folders import publish
 
-CONVENTION = "inv_depth in [0, 1], larger = closer, min-max scaled per image"
 HELD_OUT_EVERY = 10  # one row of the sample in ten is measured on and never trained on
 WARM_UP = 0.2  # share of the steps without quantizing: k-means on an untrained encoder's features finds nothing
 MEASURES = 6  # times that the held-out error is taken; the best weights are kept
@@ -80,14 +80,24 @@ def run(recipe: Recipe) -> None:
             f"{recipe.codebook.workers} workers: add images, or set codebook.workers lower"
         )
     runtime.start(recipe)
-    result = TorchTrainer(
+    trainer = TorchTrainer(
         _work,
-        train_loop_config={"recipe": recipe.model_dump_json(), "parts": [vars(part) for part in parts]},
+        train_loop_config={
+            "recipe": recipe.model_dump_json(),
+            "parts": [vars(part) for part in parts],
+            "convention": inputs["convention"],
+        },
         scaling_config=ScalingConfig(num_workers=recipe.codebook.workers, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="gloo"),
-        # a name of its own: Ray Train would silently resume a run whose name it knows
-        run_config=RunConfig(name=f"codebook-{attempt}", storage_path=_storage(root)),
-    ).fit()
+        run_config=RunConfig(
+            name=f"codebook-{attempt}",  # of its own: Ray Train would silently resume a run whose name it knows
+            storage_path=root.at("runs") if "file" in root.fs.protocol else f"{root.uri}/runs",
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        raise StageError(f"codebook: training failed: {error}") from error
     assert result.checkpoint is not None  # rank 0 reports one, or fit() has raised
     with result.checkpoint.as_directory() as folder:
         report = json.loads((Path(folder) / "report.json").read_text())
@@ -127,22 +137,19 @@ def sample(tables: dict[str, Manifest], rows: int, seed: int) -> list[Part]:
 
 
 def _inputs(recipe: Recipe, tables: dict[str, Manifest]) -> dict[str, str]:
-    """Everything that the codebook depends on. Raises StageError where the maps come from different teachers."""
-    teachers = {name: manifest.inputs.get("teacher", "") for name, manifest in tables.items()}
-    if len(set(teachers.values())) > 1:
-        raise StageError(f"codebook: the depth tables have different teachers {teachers}: rebuild them with one")
-    settings = f"{section_digest(recipe.codebook)}-{recipe.seed}"
-    digests = {f"depth/{name}": manifest.digest for name, manifest in tables.items()}
-    return {"settings": settings, "teacher": next(iter(teachers.values()), ""), **digests}
+    """Everything that the codebook depends on. Raises StageError where the maps are not of one kind."""
+    inputs = {"settings": f"{section_digest(recipe.codebook)}-{recipe.seed}"}
+    for key in ("teacher", "convention"):
+        found = {name: manifest.inputs.get(key, "") for name, manifest in tables.items()}
+        if len(set(found.values())) != 1:
+            raise StageError(f"codebook: the depth tables differ in {key}: {found}; rebuild them with one")
+        inputs[key] = next(iter(found.values()))
+    return inputs | {f"depth/{name}": manifest.digest for name, manifest in tables.items()}
 
 
 def _licences(tables: dict[str, Manifest]) -> tuple[Licence, ...]:
     """The licences of all maps, each once."""
     return tuple(dict.fromkeys(licence for manifest in tables.values() for licence in manifest.licences))
-
-
-def _storage(root: Root) -> str:
-    return root.at("runs") if root.uri.startswith(("/", ".")) or "://" not in root.uri else f"{root.uri}/runs"
 
 
 def _work(values: dict[str, Any]) -> None:
@@ -177,7 +184,7 @@ def _work(values: dict[str, Any]) -> None:
         "rows": int(_total(torch.tensor(float(len(maps_RSS))))),
         "held_out_rows": int(_total(torch.tensor(float(len(held_out_RSS))))),
         "workers": world,
-        "convention": CONVENTION,
+        "convention": values["convention"],
         "codebook": codebook.digest,
         "history": history,
     }
