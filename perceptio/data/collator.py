@@ -62,8 +62,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in fields.items()})
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+        return Batch(**(fields | moved))
 
 
 def load_item(sample: Mapping[str, Any], dialogue: Dialogue, *, source: int, key: tuple[int, int]) -> Item:
@@ -124,7 +125,7 @@ def collate(
 
 
 def _inv_depth(png: bytes) -> npt.NDArray[np.float32]:
-    return decode_depth16(png).astype(np.float32) / 65535
+    return decode_depth16(png).astype(np.float32) / np.float32(65535)
 
 
 def _padded(items: Sequence[Item], pad: int, max_length: int) -> tuple[Tensor, Tensor, Tensor]:

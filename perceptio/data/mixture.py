@@ -107,8 +107,8 @@ class Mixture:
         return [first + b for b in range(self.global_batch) if b % self.streams // each == rank]
 
     def row_groups_in_use(self, world: int) -> int:
-        """Number of row groups of one source that a worker reads from at a time: what a cache of them must hold."""
-        return (self.window + 1) * (self.streams // world)
+        """Number of row groups of one source that a worker's cache must hold: each stream's window, and the next one."""
+        return 2 * self.window * (self.streams // world)
 
     @property
     def shares(self) -> list[float]:

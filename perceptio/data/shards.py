@@ -1,0 +1,186 @@
+"""A samples table as rows that can be read in any order: whole row groups are read, kept for a while, and counted.
+
+Row groups are numbered through the table, in the order of its committed shards. Only footers are read when a table is
+opened; a row group is read once for all who ask for it at the same time.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
+from schemas.tables import SAMPLES
+
+FOOTER_THREADS = 16  # footers are many and small: waiting for the store is all the work
+
+
+class ShardError(ValueError):
+    """A table that is not what its manifest says; the message names the file, what was seen and what was expected."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where a row group lies."""
+
+    file: str  # full path in the file system
+    index: int  # within the file
+    rows: int
+
+
+class SampleTable:
+    """The rows of ROOT/samples/SOURCE, `source` being the manifest's. Safe to use from several threads.
+
+    `cached` is the number of row groups kept in memory, the least recently used go first: it must hold those that are
+    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). Raises ShardError where a file is missing, or its footer differs from the manifest or from the schema of samples.
+    """
+
+    def __init__(self, root: str, manifest: Manifest, *, cached: int = 8, threads: int = 2) -> None:
+        if cached < 1:
+            raise ValueError(f"cached: got {cached} row groups, expected at least 1")
+        self._fs, path = fsspec.core.url_to_fs(root)
+        self._folder = posixpath.join(path, "samples", manifest.source)
+        self.manifest, self.cached = manifest, cached
+        self.bytes_read = 0  # from the store: footers and row groups
+        self._lock = Lock()
+        self._groups: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._footers: dict[str, pq.FileMetaData] = {}
+        entries = [shard.data for shard in manifest.shards if shard.data is not None]
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+            self.row_groups = [group for groups in pool.map(self._row_groups_of, entries) for group in groups]
+        if len(self) != manifest.kept:
+            raise ShardError(
+                f"{self._folder}: files hold {len(self)} rows, the manifest says {manifest.kept} were kept"
+            )
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"samples-{manifest.source}")
+
+    @classmethod
+    def open(cls, root: str, source: str, *, cached: int = 8, threads: int = 2) -> SampleTable:
+        """The finished table of a source; raises ShardError where it has no manifest yet."""
+        fs, path = fsspec.core.url_to_fs(root)
+        file = posixpath.join(path, "samples", source, MANIFEST_NAME)
+        try:
+            text = fs.cat_file(file)
+        except FileNotFoundError:
+            raise ShardError(f"{file} does not exist, so the table is not finished: run `assemble` first") from None
+        return cls(root, Manifest.model_validate_json(text), cached=cached, threads=threads)
+
+    def __len__(self) -> int:
+        return sum(group.rows for group in self.row_groups)
+
+    @property
+    def rows_per_group(self) -> list[int]:
+        """Rows of each row group, in order: what a mixture needs to know of the table."""
+        return [group.rows for group in self.row_groups]
+
+    def row(self, row_group: int, row: int) -> dict[str, Any]:
+        """One sample, by the columns of `schemas.tables.SAMPLES`; waits until its row group is read.
+
+        Raises IndexError outside the table, ShardError for a file that changed, and what the store raises.
+        """
+        if not (0 <= row_group < len(self.row_groups) and 0 <= row < self.row_groups[row_group].rows):
+            raise IndexError(f"{self._folder}: no row {row} in row group {row_group} of {len(self.row_groups)}")
+        table = self._request(row_group).result()
+        found: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
+        return found
+
+    def prefetch(self, row_groups: Iterable[int]) -> None:
+        """Starts to read row groups that will soon be needed; at most `cached` of them stay."""
+        for row_group in row_groups:
+            self._request(row_group)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> SampleTable:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _request(self, row_group: int) -> Future[pa.Table]:
+        """The row group, read or being read; one that failed is read again."""
+        with self._lock:
+            future = self._groups.get(row_group)
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._pool.submit(self._read, self.row_groups[row_group])
+                self._groups[row_group] = future
+            self._groups.move_to_end(row_group)
+            while len(self._groups) > self.cached:
+                self._groups.popitem(last=False)  # whoever waits for it still gets it
+            return future
+
+    def _read(self, group: RowGroup) -> pa.Table:
+        footer = self._footers[group.file]
+        with _Counted(self._fs.open(group.file, "rb", cache_type="none")) as stream:
+            try:
+                # one read for all columns: the store is asked once a row group
+                return pq.ParquetFile(stream, metadata=footer, pre_buffer=True).read_row_group(group.index)
+            except (pa.ArrowException, OSError) as error:
+                raise ShardError(
+                    f"{group.file}: row group {group.index} of {group.rows} rows cannot be read ({error}): the file "
+                    "was changed or cut off; `perceptio verify` names all such files"
+                ) from error
+            finally:
+                self._count(stream)
+
+    def _row_groups_of(self, entry: FileEntry) -> list[RowGroup]:
+        file = posixpath.join(self._folder, entry.path)
+        try:
+            with _Counted(self._fs.open(file, "rb", cache_type="none")) as stream:
+                footer = pq.read_metadata(stream)
+                self._count(stream)
+        except FileNotFoundError:
+            raise ShardError(f"{file} is missing, the manifest names it with {entry.rows} rows: restore it") from None
+        except pa.ArrowException as error:
+            raise ShardError(f"{file} is no Parquet file ({error}), expected {entry.rows} rows: restore it") from error
+        if footer.num_rows != entry.rows:
+            raise ShardError(f"{file} has {footer.num_rows} rows, the manifest says {entry.rows}: restore it")
+        _check_schema(file, footer.schema.to_arrow_schema())
+        self._footers[file] = footer
+        return [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
+
+    def _count(self, stream: _Counted) -> None:
+        with self._lock:
+            self.bytes_read += stream.bytes_read
+
+
+class _Counted:
+    """A file that counts the bytes read from it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.bytes_read = stream, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.bytes_read += len(data)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> _Counted:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stream.close()
+
+
+def _check_schema(file: str, schema: pa.Schema) -> None:
+    for field in SAMPLES:
+        seen = schema.field(field.name).type if field.name in schema.names else "missing"
+        if seen != field.type:
+            raise ShardError(
+                f"{file}: column '{field.name}' is {seen}, expected {field.type}: assemble the source again"
+            )
