@@ -107,7 +107,7 @@ class Mixture:
         return [first + b for b in range(self.global_batch) if b % self.streams // each == rank]
 
     def row_groups_in_use(self, world: int) -> int:
-        """Number of row groups of one source that a worker's cache must hold: each stream's window, and the next one."""
+        """Number of row groups of one source that a worker's cache must hold: each stream's window, and the next."""
         return 2 * self.window * (self.streams // world)
 
     @property

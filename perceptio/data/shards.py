@@ -42,7 +42,8 @@ class SampleTable:
     """The rows of ROOT/samples/SOURCE, `source` being the manifest's. Safe to use from several threads.
 
     `cached` is the number of row groups kept in memory, the least recently used go first: it must hold those that are
-    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). Raises ShardError where a file is missing, or its footer differs from the manifest or from the schema of samples.
+    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). Raises ShardError where a file is
+    missing, or its footer differs from the manifest or from the schema of samples.
     """
 
     def __init__(self, root: str, manifest: Manifest, *, cached: int = 8, threads: int = 2) -> None:
