@@ -29,7 +29,7 @@ CODEBOOK_FOLDER = "codebook"
 
 
 @strict
-class PerceptioConfig(InternVLConfig):
+class PerceptioConfig(InternVLConfig):  # type: ignore[no-untyped-call]  # transformers' own hook
     """InternVL's configuration, with the spatial vocabulary, SAM2's shape and the codebook's digest."""
 
     model_type = "perceptio"
@@ -56,7 +56,7 @@ class PerceptioConfig(InternVLConfig):
         )
 
 
-class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):
+class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # type: ignore[no-untyped-call]
     """InternVL that writes spatial tokens first: `[SEG]` states become masks, depth codes a depth map."""
 
     config_class = PerceptioConfig
@@ -65,7 +65,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):
     def __init__(self, config: PerceptioConfig) -> None:
         super().__init__(config)
         sam2 = Sam2ImageModel(Sam2ImageConfig.from_dict(config.sam2_config or {}))
-        self.segmenter = SegMaskDecoder(sam2, config.text_config.hidden_size)
+        self.segmenter = SegMaskDecoder(sam2, config.get_text_config().hidden_size)
         self.codec: DepthCodec | None = None  # not a module: no cast, optimizer or checkpoint may touch it
 
     def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, pixel_values: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):
         }
         for key in ("model_type", "architectures", "transformers_version"):
             fields.pop(key, None)
-        model = cls(PerceptioConfig(**fields)).to(dtype)
+        model = cls(PerceptioConfig(**fields))
+        model.to(dtype=dtype)
         missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
         lost = [name for name in missing if not name.startswith("segmenter.")]
         if lost or unexpected:

@@ -19,12 +19,12 @@ from typing import Any
 import deepspeed
 import ray.train
 import torch
-from perceptio.data.shards import SampleTable
 from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from perceptio.data.mixture import Mixture, MixtureSource
+from perceptio.data.shards import SampleTable
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.segmentation.sam2_image import preprocess
 from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
@@ -108,7 +108,7 @@ def _work(config: dict[str, Any]) -> None:
     torch.set_num_threads(train.threads)
     torch.manual_seed(recipe.seed)
     model, processor = _model(recipe, root)
-    feed = _feed(recipe, model, processor)
+    feed = _feed(recipe, model, processor, world)
     objective = Objective(model, train.losses, len(train.mixture))
     optimizer, schedule = optimizer_and_schedule(objective, train)
     engine, *_ = deepspeed.initialize(
@@ -124,7 +124,7 @@ def _work(config: dict[str, Any]) -> None:
         report = train_step(engine, batches, sources)
         step += 1
         if steps is not None:
-            steps.add(step, report, schedule.get_last_lr()[0])
+            steps.add(step, report, float(schedule.get_last_lr()[0]))
         if step % train.checkpoint_every == 0 or step == train.steps:
             _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
     _publish(recipe, root, config, engine, model, processor, rank)
@@ -148,18 +148,20 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
     return model, processor
 
 
-def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: Any) -> Feed:
+def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: Any, world: int) -> Feed:
     train = recipe.train
-    tables = [SampleTable(recipe.root, entry.source) for entry in train.mixture]
+    tables = [SampleTable.open(recipe.root, entry.source) for entry in train.mixture]
     mixture = Mixture(
         [
-            MixtureSource(entry.source, entry.weight, table.row_groups, table.digest)
+            MixtureSource(entry.source, entry.weight, table.rows_per_group, table.manifest.digest)
             for entry, table in zip(train.mixture, tables, strict=True)
         ],
         seed=recipe.seed,
         streams=train.streams,
         global_batch=train.global_batch,
     )
+    for table in tables:
+        table.cached = mixture.row_groups_in_use(world)
     return Feed(
         tables=tables,
         entries=train.mixture,
