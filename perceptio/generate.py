@@ -85,7 +85,8 @@ class Perceiver:
     def __init__(self, model: PerceptioForConditionalGeneration, processor: InternVLProcessor) -> None:
         if model.codec is None:
             raise ValueError("the model has no codec: load it with from_pretrained, or attach_codec() first")
-        self.model, self.processor = model.eval(), processor
+        model.train(False)
+        self.model, self.processor = model, processor
         self.codec = model.codec
         self.eos_id = int(processor.tokenizer.eos_token_id)
 

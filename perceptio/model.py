@@ -146,7 +146,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         for key in ("model_type", "architectures", "transformers_version"):
             fields.pop(key, None)
         model = cls(PerceptioConfig(**fields))
-        model.to(dtype=dtype)
+        model.to(dtype=dtype)  # type: ignore[call-arg]
         missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
         lost = [name for name in missing if not name.startswith("segmenter.")]
         if lost or unexpected:
