@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,10 +115,11 @@ class Perceiver:
         block = any(request.depth != "off" for request in requests) * (self.codec.tokens + 2)
         processors = []
         if use_grammar:
-            size = self.model.config.text_config.vocab_size
+            size = self.model.config.get_text_config().vocab_size
             processors.append(GrammarProcessor(grammars, ids_BT.shape[1], self.eos_id, size))
         with _head_inputs(self.model) as states:
-            written_BT = self.model.generate(
+            generate: Any = self.model.generate
+            written_BT = generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 pixel_values=pixel_values,
