@@ -46,7 +46,8 @@ def load_backbone(
             "transformers' layout (hub names that end in -hf)"
         )
     model = InternVLForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    return model.eval(), InternVLProcessor.from_pretrained(source)
+    model.train(False)
+    return model, InternVLProcessor.from_pretrained(source)
 
 
 def extend_vocabulary(
@@ -60,7 +61,7 @@ def extend_vocabulary(
     """
     known = len(tokenizer)
     vocabulary = extend_tokenizer(tokenizer, codes)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(_vocabulary_weights(model)[0])
     if known == len(tokenizer) <= rows:
         return vocabulary
     if rows < len(tokenizer):
@@ -138,7 +139,8 @@ def _text(model: InternVLForConditionalGeneration) -> nn.Module:
 
 def _vocabulary_weights(model: InternVLForConditionalGeneration) -> list[nn.Parameter]:
     """The input embeddings' weight, and the output head's where it is another one."""
-    given, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    given = model.get_input_embeddings().get_parameter("weight")
+    head = model.get_output_embeddings().get_parameter("weight")
     return [given] if head is given else [given, head]
 
 

@@ -1,0 +1,207 @@
+"""Trains the small pretrained InternVL that room-scale runs start from, on rooms' questions without spatial tokens.
+
+    python -m workflows.zoo.base --minutes 25 --out perceptio/rooms/zoo/base
+
+Reads nothing, needs one CPU thread and about 3 GB. Renders rooms of TRAIN_SEED into a cache, teaches the vision tower
+what each cell shows, then the whole model to answer: several questions about one image in one chat, loss on answers
+alone. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json` and `README.md`.
+
+Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; D width of the text model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from transformers import InternVLForConditionalGeneration, InternVLProcessor
+
+from perceptio.rooms.furniture import COLORS, KINDS
+from perceptio.rooms.questions import FORMS
+from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
+from workflows.zoo.base_packs import Batch, Packer
+from workflows.zoo.base_rooms import EMPTY, TaughtRoom, cached_rooms
+from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
+
+TRAIN_SEED = 102
+SEED = 0
+LOOK_SHARE = 0.15  # of the time, spent on the vision tower alone
+LOOK_WEIGHT = 0.5  # of the cell loss once the whole model trains
+WARM_UP = 0.02
+WEIGHT_DECAY = 0.05
+REPORT_SECONDS, SAVE_SECONDS = 15, 120
+
+
+class CellHead(nn.Module):
+    """Reads kind, colour, box and inv_depth off each image token; dropped after training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sizes = (len(KINDS) + 1, len(COLORS) + 1, 5)
+        self.read = nn.Linear(width, sum(self.sizes))
+
+    def loss(self, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        kind_BGK, color_BGC, place_BG5 = self.read(image_BGD).float().split(self.sizes, -1)
+        seen_BG = batch.kind_BG != EMPTY
+        gap_BG5 = F.smooth_l1_loss(place_BG5, batch.place_BG5, reduction="none", beta=0.05)
+        box_gap = gap_BG5[..., :4][seen_BG].mean()
+        return (
+            F.cross_entropy(kind_BGK.flatten(0, 1), batch.kind_BG.flatten())
+            + F.cross_entropy(color_BGC.flatten(0, 1), batch.color_BG.flatten())
+            + 5 * box_gap
+            + 5 * gap_BG5[..., 4].mean()
+        )
+
+
+@dataclass
+class Clock:
+    """How far a run of `seconds` has come, and the learning rate's share of its peak (warm-up, then cosine).
+
+    Counts processor time, so that a busy machine makes a run longer and not worse.
+    """
+
+    seconds: float
+    start: float
+
+    @property
+    def passed(self) -> float:
+        return (time.process_time() - self.start) / self.seconds
+
+    @property
+    def rate(self) -> float:
+        return min(self.passed / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * min(self.passed, 1.0)))
+
+
+def image_tokens(model: InternVLForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Projected image tokens [B, G, D] as the text model receives them."""
+    features: torch.Tensor = model.model.get_image_features(pixel_values=batch.pixel_B3HW).pooler_output
+    return features
+
+
+def answer_loss(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over the tokens of all answers. Packs are padded on the right, so causality hides the pad."""
+    embeds_BTD = model.get_input_embeddings()(batch.ids_BT)
+    at_image_BT1 = (batch.ids_BT == model.config.image_token_id)[..., None]
+    embeds_BTD = embeds_BTD.masked_scatter(at_image_BT1, image_BGD.to(embeds_BTD.dtype))
+    states_BTD = model.model.language_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    taught_BT = batch.labels_BT[:, 1:] >= 0
+    logits = model.lm_head(states_BTD[:, :-1][taught_BT]).float()
+    return F.cross_entropy(logits, batch.labels_BT[:, 1:][taught_BT])
+
+
+def optimizers(model: nn.Module, head: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, norms, biases and the head."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and "layer" in name and "embed" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen] + list(head.parameters())
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def train(
+    model: InternVLForConditionalGeneration,
+    processor: InternVLProcessor,
+    rooms: list[TaughtRoom],
+    seconds: float,
+    rate: float,
+    packs: int,
+    out: Path,
+) -> int:
+    """The number of steps done in `seconds`; trains `model` in place and saves it to `out` now and then."""
+    head = CellHead(model.config.text_config.hidden_size)
+    groups = optimizers(model, head, rate)
+    parameters = [p for group in groups for g in group.param_groups for p in g["params"]]
+    packer = Packer(processor, rooms, np.random.default_rng(SEED))
+    clock, step, reported, saved = Clock(seconds, time.process_time()), 0, 0.0, time.monotonic()
+    recent: list[tuple[float, float]] = []
+    while clock.passed < 1:
+        batch = packer.batch(packs)
+        with torch.autocast("cpu", torch.bfloat16):
+            image_BGD = image_tokens(model, batch)
+            look = head.loss(image_BGD, batch)
+            whole = clock.passed > LOOK_SHARE
+            text = answer_loss(model, image_BGD, batch) if whole else look.new_zeros(())
+        (text + LOOK_WEIGHT * look if whole else look).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in groups:
+            for g in optimizer.param_groups:
+                g["lr"] = rate * clock.rate
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        recent.append((text.item(), look.item()))
+        if time.monotonic() - reported > REPORT_SECONDS:
+            text_mean, look_mean = np.mean(recent, 0)
+            print(f"step {step} passed {clock.passed:.3f} text {text_mean:.4f} look {look_mean:.4f}", flush=True)
+            recent, reported = [], time.monotonic()
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save(model, processor, out)
+            saved = time.monotonic()
+    save(model, processor, out)
+    return step
+
+
+def save(model: InternVLForConditionalGeneration, processor: InternVLProcessor, out: Path) -> None:
+    """Writes the model folder, weights in fp16; `model` itself stays in fp32."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = {name: value.half() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(out, state_dict=state)
+    processor.save_pretrained(out)
+
+
+def corpus(rooms: list[TaughtRoom]) -> Iterator[str]:
+    """What the tokenizer is learnt from: chats, and the forms in which a mask will be asked for."""
+    for n, room in enumerate(rooms):
+        for _, prompt, answer in (*room.turns, *room.boxes, *(turn for _, turn in room.points)):
+            yield from ("user\n", prompt, "assistant\n", answer)
+        yield FORMS[n % len(FORMS)].format(room.boxes[0][1].removeprefix("Where is ").rstrip("?")) if room.boxes else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=25, help="of training, in processor time")
+    parser.add_argument("--rooms", type=int, default=8000, help="rooms to learn from")
+    parser.add_argument("--held-out", type=int, default=240, help=f"rooms of seed {HELD_OUT_SEED} to score on")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--packs", type=int, default=8, help="images a step")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "perceptio-zoo-base")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    rooms = list(cached_rooms(args.cache, TRAIN_SEED, args.rooms))
+    processor = build_processor(train_tokenizer(corpus(rooms[:1000])))
+    model = build_model(processor.tokenizer).train()
+    started = time.monotonic()
+    steps = train(model, processor, rooms, args.minutes * 60, args.rate, args.packs, args.out)
+    seconds = time.monotonic() - started
+    run = {
+        "seed_of_run": SEED,
+        "train_seed": TRAIN_SEED,
+        "rooms": len(rooms),
+        "minutes": args.minutes,
+        "rate": args.rate,
+        "packs": args.packs,
+        "steps": steps,
+        "seconds": round(seconds),
+        "cpu_seconds": round(args.minutes * 60),
+        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "tokens": len(processor.tokenizer),
+    }
+    write_card(args.out, score(args.out, range(args.held_out)), run)
+
+
+if __name__ == "__main__":
+    main()
