@@ -185,7 +185,8 @@ byte-level BPE vocabulary of {tokens} tokens in which each number from 0 to 99 i
     python -m workflows.zoo.base --minutes {minutes:g} --rooms {rooms} --out perceptio/rooms/zoo/base
 
 That run took {seconds} s, {cpu_seconds} s of them at work, on one CPU thread: {steps} steps of {packs} images, seed
-{seed_of_run}. It learnt from {rooms} rooms of seed {train_seed}: count, attribute, yes/no, distance, choice and points questions, and
+{seed_of_run}. It learnt from {rooms} rooms of seed {train_seed}: count, attribute, yes/no, distance, choice and points
+questions, and
 in about half of the turns `Where is EXPRESSION?` -> `[[x0, y0, x1, y1]]` in hundredths of the image's side. Meanwhile a
 linear head also read kind, colour, box and depth of each image cell from exact labels; it is not part of the model.
 
