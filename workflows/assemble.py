@@ -37,9 +37,10 @@ class JoinWorker:
         places = {name: {key: i for i, key in enumerate(part["id"].to_pylist())} for name, part in parts.items()}
         missing = {key: [name for name in parts if key not in places[name]] for key in ids}
         kept = [i for i, key in enumerate(ids) if not missing[key]]
-        columns: dict[str, Any] = {name: images[name].take(kept) for name in images.column_names}
+        chosen = pa.array(kept, pa.int64())
+        columns: dict[str, Any] = {name: images[name].take(chosen) for name in images.column_names}
         for name, part in parts.items():
-            rows = part.take([places[name][ids[i]] for i in kept])
+            rows = part.take(pa.array([places[name][ids[i]] for i in kept], pa.int64()))
             columns |= {column: rows[column] for column in rows.column_names}
         uris = images["uri"].to_pylist()
         rejects = [

@@ -36,7 +36,7 @@ from perceptio.rooms.questions import ask
 from perceptio.rooms.render import render_room
 from perceptio.rooms.room import Question, Room
 from schemas.manifest import Licence
-from schemas.recipe import FolderSource, IngestRecipe, Recipe, RoomsSource, section_digest
+from schemas.recipe import FolderSource, Recipe, RoomsSource, section_digest
 from schemas.tables import IMAGES, Reason
 from workflows.commits import StageError, Table, open_root
 from workflows.runtime import Job, Reject, ShardResult, ahead, run_shards, settings_digest
@@ -74,37 +74,26 @@ class Record(BaseModel):
     masks: tuple[dict[str, Any], ...] = ()
 
 
-class RoomsWorker:
-    """Renders a range of rooms and asks the wanted questions about each."""
+class IngestWorker:
+    """Renders a range of rooms, or reads a shard of listed files and stores them as they are or encoded anew."""
 
-    def __init__(self, sources: list[Row]) -> None:
-        self.sources = {values["name"]: RoomsSource.model_validate(values) for values in sources}
-
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
-        """One row per room, and one per lettered-points question: its image has the points drawn in."""
-        first, last = json.loads(payload)
-        rows: list[Row | Reject] = []
-        for index in range(first, last):
-            rows += _room_rows(self.sources[source], index)
-        return _result(rows)
-
-
-class FolderWorker:
-    """Reads a shard of listed files, checks them, and stores them as they are or encoded anew."""
-
-    def __init__(self, sources: list[Row], settings: Row) -> None:
-        self.settings = IngestRecipe.model_validate(settings)
+    def __init__(self, recipe: str) -> None:
+        settings = Recipe.model_validate_json(recipe)
+        self.settings = settings.ingest
         self.limits = ImageLimits(self.settings.min_side, self.settings.max_pixels)
-        self.folders = {values["name"]: fsspec.core.url_to_fs(values["path"]) for values in sources}
+        self.sources = {source.name: source for source in settings.sources}
 
     def process(self, source: str, shard: int, payload: str) -> ShardResult:
-        """One row or one reject per listed file or record."""
-        fs, folder = self.folders[source]
+        """One row or one reject per listed file or record; one row per room, and per lettered-points question."""
+        spec, items = self.sources[source], json.loads(payload)
+        if isinstance(spec, RoomsSource):
+            return _result([row for index in range(*items) for row in _room_rows(spec, index)])
+        fs, folder = fsspec.core.url_to_fs(spec.path)
 
         def read(item: Row) -> Row | Reject:
             return self._row(fs, posixpath.join(folder, item["path"]), item)
 
-        return _result(list(ahead(read, json.loads(payload), threads=READERS, depth=4 * READERS)))
+        return _result(list(ahead(read, items, threads=READERS, depth=4 * READERS)))
 
     def _row(self, fs: Any, uri: str, item: Row) -> Row | Reject:
         if item.get("problem"):
@@ -126,30 +115,19 @@ class FolderWorker:
 
 def run(recipe: Recipe) -> None:
     """Fills the images table of every source; raises StageError where that cannot be done."""
-    root, pool = open_root(recipe.root), recipe.ingest.pool
-    rooms = [source for source in recipe.sources if isinstance(source, RoomsSource)]
-    folders = [source for source in recipe.sources if isinstance(source, FolderSource)]
-    settings = settings_digest(recipe.ingest, pool)
-    if rooms:
-        jobs = [
-            Job(
-                Table(root, "images", source.name),
-                _room_ranges(source, recipe.ingest.rows_per_shard),
-                {"settings": settings, "source": section_digest(source)},
-                [Licence(part=f"data: {source.name}", source="perceptio.rooms", licence="Apache-2.0")],
-            )
-            for source in rooms
-        ]
-        run_shards(recipe, jobs, RoomsWorker, {"sources": [s.model_dump() for s in rooms]}, pool=pool)
-    if folders:
-        jobs = []
-        for folder in folders:
-            payloads, listing = _listed(folder, recipe.ingest.rows_per_shard)
-            inputs = {"settings": settings, "source": section_digest(folder, exclude={"path"}), "listing": listing}
-            licence = Licence(part=f"data: {folder.name}", source=folder.path, licence="unknown")
-            jobs.append(Job(Table(root, "images", folder.name), payloads, inputs, [licence]))
-        arguments = {"sources": [s.model_dump() for s in folders], "settings": recipe.ingest.model_dump()}
-        run_shards(recipe, jobs, FolderWorker, arguments, pool=pool)
+    root, rows = open_root(recipe.root), recipe.ingest.rows_per_shard
+    settings = settings_digest(recipe.ingest, recipe.ingest.pool)
+    jobs = []
+    for source in recipe.sources:
+        inputs = {"settings": settings, "source": section_digest(source, exclude={"path"})}
+        if isinstance(source, RoomsSource):
+            payloads, licence = _room_ranges(source, rows), ("perceptio.rooms", "Apache-2.0")
+        else:
+            payloads, inputs["listing"] = _listed(source, rows)
+            licence = (source.path, "unknown")
+        licences = [Licence(part=f"data: {source.name}", source=licence[0], licence=licence[1])]
+        jobs.append(Job(Table(root, "images", source.name), payloads, inputs, licences))
+    run_shards(recipe, jobs, IngestWorker, {"recipe": recipe.model_dump_json()}, pool=recipe.ingest.pool)
 
 
 def _room_ranges(source: RoomsSource, rows_per_shard: int) -> list[str]:
