@@ -117,9 +117,9 @@ class Perceiver:
         if use_grammar:
             size = self.model.config.get_text_config().vocab_size
             processors.append(GrammarProcessor(grammars, ids_BT.shape[1], self.eos_id, size))
+        model: Any = self.model  # transformers types `generate` for its own classes only
         with _head_inputs(self.model) as states:
-            generate: Any = self.model.generate
-            written_BT = generate(
+            written_BT = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 pixel_values=pixel_values,
