@@ -1,0 +1,190 @@
+"""The evaluation on tiny random models, real tables and a real local Ray: what stands, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from schemas.manifest import Manifest
+from schemas.recipe import Recipe, load_recipe
+from schemas.tables import PREDICTIONS, REJECTS
+from tests.tiny import tiny_model
+from workflows import assemble, depth, evaluate, ingest, runtime, tokenize_depth
+from workflows.commits import OtherInputsError, Root, Table, open_root
+from workflows.folders import publish
+from workflows.runtime import ShardWorker
+
+ROOMS = Path(evaluate.__file__).parent / "recipes" / "rooms.yaml"
+SCENES = 3
+KINDS = ["referring", "points", "count", "yes_no"]
+
+
+@dataclass(frozen=True)
+class World:
+    recipe: Recipe
+    root: Root
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = json.loads(self.root.read("eval", "metrics.json") or b"")["metrics"]
+        return found
+
+    def name(self) -> str:
+        return str(json.loads(self.root.read("eval", "metrics.json") or b"")["evaluation"])
+
+    def predictions(self, key: str) -> list[dict[str, Any]]:
+        table = pq.read_table(io.BytesIO(self.root.read("eval", self.name(), f"{key}.parquet") or b""))
+        assert table.schema.equals(PREDICTIONS)
+        return table.to_pylist()
+
+
+def recipe_in(folder: Path, parts: Path) -> Recipe:
+    def rooms(name: str, seed: int, held_out: bool) -> dict[str, Any]:
+        source = {"name": name, "format": "rooms", "count": SCENES, "size": 64, "seed": seed, "exact_masks": True}
+        return source | {"questions": KINDS, "held_out": held_out}
+
+    sources = [rooms("training", 1, False), rooms("heldout", 2, True)]
+    entry = {"source": "training", "weight": 1, "segmentation": True, "depth": True}
+    settings = {
+        "sources": sources,
+        "train.mixture": [entry],
+        "depth.teacher": "recorded",
+        "model.base": str(parts / "base"),
+        "model.sam2": str(parts / "sam2"),
+        "model.max_objects": 2,
+        "evaluate.bootstrap": 20,
+        "evaluate.batch_size": 4,
+        "evaluate.max_new_tokens": 3,
+        "evaluate.pool": {"min_actors": 1, "max_actors": 1},
+        "cluster.min_memory_gb": 1,
+        "max_reject_share": 1,
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return load_recipe(ROOMS, overrides=overrides, root=str(folder))
+
+
+def published(root: Root, local: Path, name: str, inputs: dict[str, str]) -> Manifest:
+    stage = "train" if name == "model" else "codebook"
+    return publish(root, local, name, stage=stage, attempt="test", recipe="test", code="test", inputs=inputs)
+
+
+def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
+    """The tables that an evaluation reads, by the stages' own workers, without an actor pool for each."""
+    here = recipe.root
+    workers: dict[str, ShardWorker] = {
+        "images": ingest.IngestWorker(recipe.model_dump_json()),
+        "depth": depth.RecordedWorker(here),
+        "codes": tokenize_depth.CodecWorker(here, batch_size=4, threads=1),
+        "samples": assemble.JoinWorker(here, with_masks=[]),
+    }
+    for name, worker in workers.items():
+        for source in recipe.sources:
+            made = worker.process(source.name, 0, json.dumps([0, SCENES]))
+            assert not made.rejects
+            table = Table(root, name, source.name)
+            commit = table.commit(0, "test", made.table, REJECTS.empty_table(), made.read)
+            inputs = {"codebook": codebook.digest}
+            table.finish({0: commit}, attempt="test", recipe="test", code="test", inputs=inputs)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("evaluated")
+    model = tiny_model(folder / "tiny")
+    recipe = recipe_in(folder / "root", folder / "tiny" / "parts")
+    root = open_root(recipe.root)
+    runtime.start(recipe)
+    codebook = published(root, folder / "tiny" / "parts" / "codebook", "codebook", {})
+    fill(recipe, root, codebook)
+    published(root, model, "model", {"codebook": codebook.digest})
+    evaluate.run(recipe)
+    yield World(recipe, root)
+    ray.shutdown()
+
+
+def test_every_figure_has_its_interval_and_its_baseline(world: World) -> None:
+    metrics = world.metrics()
+    wanted = {
+        "reconstruction_mae",
+        "generated_depth_mae",
+        "generated_depth_mae_vs_other_image",
+        "code_accuracy",
+        "referring_ciou",
+        "referring_giou",
+        "referring_ciou_untrained",
+        "closest_point_accuracy",
+        "yes_no_accuracy",
+        "well_formed_without_grammar",
+        "teacher_abs_rel",
+        "generated_delta1",
+    }
+    assert wanted <= set(metrics)
+    for name, metric in metrics.items():
+        assert metric["low"] <= metric["value"] <= metric["high"], name
+        assert metric["difference"] == pytest.approx(metric["value"] - metric["baseline"]), name
+        assert metric["difference_low"] <= metric["difference"] <= metric["difference_high"], name
+        assert 1 <= metric["n"] <= SCENES, name
+
+
+def test_recorded_depth_as_teacher_has_no_error_in_z(world: World) -> None:
+    assert world.metrics()["teacher_delta1"]["value"] > 0.99
+    assert world.metrics()["teacher_abs_rel"]["value"] < world.metrics()["teacher_abs_rel"]["baseline"]
+
+
+def test_the_grammar_forces_a_whole_block_and_its_absence_does_not(world: World) -> None:
+    told = world.predictions("model")
+    assert {len(row["codes"]) for row in told} == {4}
+    assert all(row["well_formed"] and row["grammar"] for row in told)
+    free = world.predictions("free")
+    assert not any(row["grammar"] for row in free)
+    share = sum(row["well_formed"] for row in free) / len(free)
+    assert world.metrics()["well_formed_without_grammar"]["value"] == pytest.approx(share)
+
+
+def test_one_segmentation_a_picture_and_masks_of_its_size(world: World) -> None:
+    rows = [row for row in world.predictions("model") if row["masks"]]
+    assert len({row["id"] for row in rows}) == len(rows) > 0
+    assert all((mask["height"], mask["width"]) == (64, 64) for row in rows for mask in row["masks"])
+
+
+def test_an_untrained_start_without_the_grammar_is_asked_the_same(world: World) -> None:
+    keys = [(row["id"], row["turn"]) for row in world.predictions("free")]
+    assert keys == [(row["id"], row["turn"]) for row in world.predictions("untrained_free")]
+
+
+def test_what_stands_is_not_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = world.metrics()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(evaluate, "_answers", refuse)
+    world.root.delete("eval", "metrics.json")
+    evaluate.run(world.recipe)
+    assert world.metrics() == before
+    world.root.delete("eval", world.name(), "manifest.json")
+    evaluate.run(world.recipe)  # every pass stands, so only the figures are made again
+    assert world.metrics() == before
+    world.root.delete("eval", world.name(), "manifest.json")
+    world.root.delete("eval", world.name(), "blank.parquet")
+    with pytest.raises(AssertionError, match="asked again"):
+        evaluate.run(world.recipe)
+
+
+def test_a_model_of_another_codebook_is_refused(world: World) -> None:
+    standing = world.root.manifest("model")
+    assert standing is not None
+    other = standing.model_copy(update={"inputs": {"codebook": "f" * 64}})
+    world.root.write(other.model_dump_json().encode(), "model", "manifest.json")
+    try:
+        with pytest.raises(OtherInputsError, match="model was made with codebook ffff"):
+            evaluate.run(world.recipe)
+    finally:
+        world.root.write(standing.model_dump_json().encode(), "model", "manifest.json")

@@ -1,0 +1,98 @@
+"""Numbers as the points of small drawings; the page's style sheet gives them their colours, light or dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WIDTH, HEIGHT = 300.0, 110.0  # of a curve's plot, in its own units
+SMOOTHING = 0.03  # share of the steps that a smoothed point looks back over
+SPAN = 160.0  # width of a whisker's plot
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the steps of a run: the values as they are, smoothed, and smoothed for each data set."""
+
+    title: str
+    first: int  # step
+    last: int
+    top: str  # the value at the upper edge; the lower one is 0
+    end: str  # the smoothed value at the last step
+    raw: str  # points of an SVG polyline
+    smooth: str
+    apart: dict[str, str]  # data set -> points
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """A value with its interval and a mark for the baseline, as x positions from 0 to SPAN."""
+
+    value: float
+    low: float
+    high: float
+    baseline: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stage's seconds, and its share of the longest."""
+
+    name: str
+    seconds: str
+    share: float
+
+
+def curves(
+    title: str, steps: Sequence[int], values: Sequence[float], apart: Mapping[str, Sequence[float | None]]
+) -> Chart:
+    """A chart of one loss term; None where a data set had no part in a step."""
+    shown = [value for value in values if np.isfinite(value)]
+    top = max(float(np.quantile(shown, 0.99)), 1e-9) if shown else 1.0
+    smooth = _smoothed(values)
+    return Chart(
+        title=title.replace("_", " "),
+        first=steps[0],
+        last=steps[-1],
+        top=f"{top:.3g}",
+        end=f"{smooth[-1]:.3g}" if smooth and smooth[-1] is not None else "",
+        raw=_points(steps, list(values), top),
+        smooth=_points(steps, smooth, top),
+        apart={name: _points(steps, _smoothed(own), top) for name, own in apart.items()},
+    )
+
+
+def whisker(value: float, low: float, high: float, baseline: float) -> Whisker:
+    """The positions on a scale from 0 (or the smallest number, if below) to a little above the largest."""
+    left = min(0.0, value, low, baseline)
+    right = max(value, high, baseline, left + 1e-9)
+    scale = 0.96 * SPAN / (right - left)
+    value, low, high, baseline = (round((x - left) * scale, 1) for x in (value, low, high, baseline))
+    return Whisker(value, low, high, baseline)
+
+
+def bars(seconds: Mapping[str, float]) -> list[Bar]:
+    """One bar a stage."""
+    longest = max([*seconds.values(), 1e-9])
+    return [Bar(name, f"{value:.1f}", round(100 * value / longest, 1)) for name, value in seconds.items()]
+
+
+def _smoothed(values: Sequence[float | None]) -> list[float | None]:
+    """Each value's mean with those shortly before it; None stays None."""
+    back = max(1, round(SMOOTHING * len(values)))
+    found: list[float | None] = []
+    for i, value in enumerate(values):
+        near = [v for v in values[max(0, i - back) : i + 1] if v is not None and np.isfinite(v)]
+        found.append(float(np.mean(near)) if value is not None and near else None)
+    return found
+
+
+def _points(steps: Sequence[int], values: Sequence[float | None], top: float) -> str:
+    across = max(steps[-1] - steps[0], 1)
+    return " ".join(
+        f"{(step - steps[0]) / across * WIDTH:.1f},{HEIGHT * (1 - min(max(value / top, 0), 1)):.1f}"
+        for step, value in zip(steps, values, strict=True)
+        if value is not None and np.isfinite(value)
+    )
