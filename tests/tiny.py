@@ -1,7 +1,4 @@
-"""A Perceptio model folder with random weights, small enough to be made in a test: no shipped part is needed.
-
-Shape legend: none; it only builds.
-"""
+"""A Perceptio model folder with random weights, small enough to be made in a test: no shipped part is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ TEXTS = ["What colour is the lamp? It is red.", "Please segment the chair on the
 
 
 def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
-    """Folders of a random InternVL ("base"), SAM2 image model ("sam2") and depth codebook ("codebook") below `folder`."""
+    """Folders of a random InternVL ("base"), SAM2 image model ("sam2") and depth codebook ("codebook")."""
     torch.manual_seed(seed)
     parts = {name: folder / name for name in ("base", "sam2", "codebook")}
     tokenizer = train_tokenizer(TEXTS)

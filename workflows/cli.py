@@ -41,6 +41,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a new cluster has a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -49,9 +50,9 @@ def main() -> None:
 
 
 @app.command()
-def demo(root: RootOption = "runs/demo") -> None:
+def demo(root: RootOption = "runs/demo", overrides: SetOption = None) -> None:
     """The whole pipeline on rendered rooms, from nothing to a served answer and report.html."""
-    _stage("demo", load_recipe(_path("rooms"), root=root))
+    _stage("demo", _load("rooms", root, overrides))
 
 
 @app.command()
@@ -115,6 +116,12 @@ def serve(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: Se
 
 
 @app.command()
+def verify(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Proves the tables under a root from their files: counts, ids, checksums, digests."""
+    _stage("verify", _load(recipe, root, overrides))
+
+
+@app.command()
 def doctor(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Checks the machine: versions, CPUs, memory, disk, port, store; says what is missing."""
     _stage("doctor", _load(recipe, root, overrides))
@@ -128,8 +135,9 @@ def rooms(
     seed: Annotated[int, typer.Option("--seed", help="Layout seed.")] = 0,
 ) -> None:
     """Renders rooms into a folder, in the layout of COCO and RefCOCO."""
+    recipe = _load("rooms", None, None)
     with _job():
-        importlib.import_module("workflows.rooms").write(out, count, size, seed)
+        importlib.import_module("workflows.rooms").write(recipe, out, count=count, size=size, seed=seed)
 
 
 @app.command()

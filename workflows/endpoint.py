@@ -1,4 +1,4 @@
-"""The HTTP side of the service: requests checked and decoded, refusals explained. It knows neither Ray nor the model.
+"""The HTTP side of the service: requests checked and images decoded, every refusal explained. No torch in here.
 
     POST /v1/perceive    JSON (schemas.service.PerceiveRequest) or multipart (the same fields, `image` a file)
     GET  /healthz        {"status": "ok", "model": digest}
@@ -12,7 +12,6 @@ import asyncio
 import base64
 import binascii
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI
 from pydantic import ValidationError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -38,11 +40,13 @@ IMAGE_STATUS = {Reason.TOO_LARGE: 413, Reason.NOT_AN_IMAGE: 415, Reason.ANIMATED
 RETRY_AFTER_S = 1
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is not answered: the status, the message, and the field that is wrong."""
 
     def __init__(self, status: int, message: str, field: str | None = None, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(
+            status, message, field, retry_after_s
+        )  # all of them, or it could not be sent between processes
         self.status, self.message, self.field, self.retry_after_s = status, message, field, retry_after_s
 
 
@@ -59,18 +63,35 @@ class Query:
 Answer = Callable[[Query], Awaitable[PerceiveReply]]
 
 
+class Endpoint:
+    """A replica of the HTTP side; hands queries to the model's replicas."""
+
+    def __init__(self, recipe: ServeRecipe, min_side: int, model: DeploymentHandle[Any], digest: str) -> None:
+        self.recipe, self.min_side, self.model, self.digest = recipe, min_side, model, digest
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self.recipe, self.min_side, self.digest, self._answer)
+
+    async def _answer(self, query: Query) -> PerceiveReply:
+        try:
+            reply: PerceiveReply = await self.model.answer.remote(query)
+        except BackPressureError as error:
+            limit = self.recipe.max_queued_requests
+            message = f"{limit} requests wait already, the most that this server takes: try again in {RETRY_AFTER_S} s"
+            raise RefusedError(503, message, retry_after_s=RETRY_AFTER_S) from error
+        except (DeploymentUnavailableError, RayActorError) as error:
+            message = "the model's replica went away; another one is being started: try again"
+            raise RefusedError(503, message, retry_after_s=RETRY_AFTER_S) from error
+        except RefusedError as error:  # as the engine carries it, a mixture of its own class and ours
+            raise getattr(error, "cause", error) from None
+        return reply
+
+
 def build_app(recipe: ServeRecipe, min_side: int, model: str, answer: Answer) -> FastAPI:
-    """The ASGI application. `answer` raises Refusal where it cannot answer; `model` is the digest of its weights."""
+    """The ASGI application. `model` is the digest of the weights; `answer` raises RefusedError where it cannot."""
     # the documentation pages would load scripts from outside; /openapi.json is there
     app = FastAPI(title="Perceptio", docs_url=None, redoc_url=None)
     limits = ImageLimits(min_side, recipe.max_image_pixels)
-
-    @app.middleware("http")
-    async def name_request(request: Request, call_next: Any) -> Any:
-        request.state.request_id = uuid.uuid4().hex
-        response = await call_next(request)
-        response.headers["x-request-id"] = request.state.request_id
-        return response
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -88,15 +109,15 @@ def build_app(recipe: ServeRecipe, min_side: int, model: str, answer: Answer) ->
         try:
             rgb_HW3 = await asyncio.to_thread(decode, image, limits)
         except ImageError as error:
-            raise Refusal(IMAGE_STATUS.get(error.reason, 422), f"image: {error}", "image") from error
+            raise RefusedError(IMAGE_STATUS.get(error.reason, 422), f"image: {error}", "image") from error
         seconds = time.perf_counter() - began
         tokens = asked.max_new_tokens or recipe.max_new_tokens
-        query = Query(request.state.request_id, rgb_HW3, asked.model_copy(update={"image": ""}), tokens)
+        query = Query(_request_id(request), rgb_HW3, asked.model_copy(update={"image": ""}), tokens)
         reply = await answer(query)
         return reply.model_copy(update={"seconds": {"decode": seconds, **reply.seconds}})
 
-    @app.exception_handler(Refusal)
-    async def refuse(request: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(RefusedError)
+    async def refuse(request: Request, error: RefusedError) -> JSONResponse:
         headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
         return _error(request, error.status, error.message, error.field, headers)
 
@@ -114,15 +135,15 @@ async def _read_body(request: Request, recipe: ServeRecipe) -> bytes:
     limit = recipe.max_image_bytes * 4 // 3 + recipe.max_question_chars * BYTES_A_CHAR + ENVELOPE_BYTES
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
-        raise Refusal(413, f"body: {said} bytes, expected at most {limit}: send a smaller image", "image")
+        raise RefusedError(413, f"body: {said} bytes, expected at most {limit}: send a smaller image", "image")
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise Refusal(413, f"body: more than {limit} bytes: send a smaller image", "image")
+                raise RefusedError(413, f"body: more than {limit} bytes: send a smaller image", "image")
     except ClientDisconnect as error:
-        raise Refusal(400, "body: the connection was closed before its end") from error
+        raise RefusedError(400, "body: the connection was closed before its end") from error
     return bytes(body)
 
 
@@ -133,7 +154,7 @@ async def _parsed(headers: Headers, body: bytes) -> tuple[PerceiveRequest, bytes
         return await _from_form(headers, body)
     if kind != "application/json":
         message = f"content-type: got '{kind}', expected application/json or multipart/form-data"
-        raise Refusal(415, message, "content-type")
+        raise RefusedError(415, message, "content-type")
     return await asyncio.to_thread(_from_json, body)
 
 
@@ -143,12 +164,16 @@ def _from_json(body: bytes) -> tuple[PerceiveRequest, bytes]:
     except ValidationError as error:
         raise _invalid(error) from error
     if asked.image.startswith(("http://", "https://")):
-        raise Refusal(422, "image: got an address, expected base64 of the file: addresses are not fetched", "image")
+        raise RefusedError(
+            422, "image: got an address, expected base64 of the file: addresses are not fetched", "image"
+        )
     text = asked.image.partition(",")[2] if asked.image.startswith("data:") else asked.image
     try:
         return asked, base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Refusal(422, f"image: not base64 ({error}); expected base64 of a JPEG, PNG or WebP", "image") from error
+        raise RefusedError(
+            422, f"image: not base64 ({error}); expected base64 of a JPEG, PNG or WebP", "image"
+        ) from error
 
 
 async def _from_form(headers: Headers, body: bytes) -> tuple[PerceiveRequest, bytes]:
@@ -159,10 +184,10 @@ async def _from_form(headers: Headers, body: bytes) -> tuple[PerceiveRequest, by
         parser = MultiPartParser(headers, chunks(), max_files=1, max_fields=16, max_part_size=len(body) + 1)
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        raise Refusal(400, f"body: no multipart form that can be read: {error}") from error
+        raise RefusedError(400, f"body: no multipart form that can be read: {error}") from error
     file = form.get("image")
     if not isinstance(file, UploadFile):
-        raise Refusal(422, f"image: got {'a text field' if file else 'nothing'}, expected a file upload", "image")
+        raise RefusedError(422, f"image: got {'a text field' if file else 'nothing'}, expected a file upload", "image")
     fields = {name: value for name, value in form.multi_items() if name != "image"}
     try:
         return PerceiveRequest.model_validate({**fields, "image": "(file)"}), await file.read()
@@ -175,23 +200,23 @@ async def _from_form(headers: Headers, body: bytes) -> tuple[PerceiveRequest, by
 def _check(asked: PerceiveRequest, image: bytes, recipe: ServeRecipe) -> None:
     if len(image) > recipe.max_image_bytes:
         message = f"image: {len(image)} bytes, expected at most {recipe.max_image_bytes}: send a smaller file"
-        raise Refusal(413, message, "image")
+        raise RefusedError(413, message, "image")
     if not asked.question.strip():
-        raise Refusal(422, "question: only blanks, expected words", "question")
+        raise RefusedError(422, "question: only blanks, expected words", "question")
     if len(asked.question) > recipe.max_question_chars:
         seen, limit = len(asked.question), recipe.max_question_chars
-        raise Refusal(422, f"question: {seen} characters, expected at most {limit}", "question")
+        raise RefusedError(422, f"question: {seen} characters, expected at most {limit}", "question")
     if (asked.max_new_tokens or 0) > recipe.max_new_tokens:
         message = f"max_new_tokens: got {asked.max_new_tokens}, expected 1 to {recipe.max_new_tokens}"
-        raise Refusal(422, message, "max_new_tokens")
+        raise RefusedError(422, message, "max_new_tokens")
 
 
-def _invalid(error: ValidationError) -> Refusal:
+def _invalid(error: ValidationError) -> RefusedError:
     problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
-        return Refusal(400, f"body: {problems[0]['msg']}")
+        return RefusedError(400, f"body: {problems[0]['msg']}")
     field = ".".join(str(part) for part in problems[0]["loc"]) or None
-    return Refusal(422, "; ".join(_told(problem) for problem in problems), field)
+    return RefusedError(422, "; ".join(_told(problem) for problem in problems), field)
 
 
 def _told(problem: Any) -> str:
@@ -203,8 +228,13 @@ def _told(problem: Any) -> str:
     return f"{field}: got {str(problem['input'])[:60]!r}: {problem['msg']}"
 
 
+def _request_id(request: Request) -> str:
+    """The client's own, or the one that Ray's proxy has given the request; the proxy sends it back as a header."""
+    return request.headers["x-request-id"]
+
+
 def _error(request: Request, status: int, message: str, field: str | None, headers: Any) -> JSONResponse:
-    reply = ErrorReply(error=message, field=field, request_id=request.state.request_id)
+    reply = ErrorReply(error=message, field=field, request_id=_request_id(request))
     return JSONResponse(reply.model_dump(), status, headers=headers)
 
 
