@@ -6,7 +6,8 @@ Reads nothing, needs one CPU thread and about 3 GB. Renders rooms of TRAIN_SEED 
 what each cell shows, then the whole model to answer: several questions about one image in one chat, loss on answers
 alone. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json` and `README.md`.
 
-Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; D width of the text model.
+Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; D width of the text model;
+S cells that show an object; K kinds; C colours; N numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from perceptio.rooms.furniture import COLORS, KINDS
 from perceptio.rooms.questions import FORMS
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
 from workflows.zoo.base_packs import Batch, Packer
-from workflows.zoo.base_rooms import EMPTY, TaughtRoom, cached_rooms
+from workflows.zoo.base_rooms import EMPTY, SIDE, TaughtRoom, cached_rooms
 from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 
 TRAIN_SEED = 102
@@ -42,24 +43,51 @@ REPORT_SECONDS, SAVE_SECONDS = 15, 120
 
 
 class CellHead(nn.Module):
-    """Reads kind, colour, box and inv_depth off each image token; dropped after training."""
+    """Reads what each image token shows as words and numbers of the text model; dropped after training.
 
-    def __init__(self, width: int) -> None:
+    Kind, colour and the box's four coordinates are told by likeness to the text model's own token embeddings, so that
+    image tokens and words come to share one space; inv_depth is a number.
+    """
+
+    def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
         super().__init__()
-        self.sizes = (len(KINDS) + 1, len(COLORS) + 1, 5)
-        self.read = nn.Linear(width, sum(self.sizes))
+        width, self.words = model.config.text_config.hidden_size, model.get_input_embeddings()
+        self.read = nn.Linear(width, 6 * width)
+        self.empty_2D = nn.Parameter(torch.zeros(2, width))
+        self.inv_depth = nn.Linear(width, 1)
+        self.kind_ids, self.color_ids = (_word_ids(processor, [f" {w}" for w in words]) for words in (KINDS, COLORS))
+        self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What trains here and is not the model's."""
+        return [*self.read.parameters(), self.empty_2D, *self.inv_depth.parameters()]
 
     def loss(self, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        kind_BGK, color_BGC, place_BG5 = self.read(image_BGD).float().split(self.sizes, -1)
+        """Cross-entropy of kind, colour and coordinates, and the error in inv_depth."""
+        kind_BGD, color_BGD, *corner_4BGD = self.read(image_BGD).chunk(6, -1)
+        kinds_KD = torch.cat([self.empty_2D[:1], self.words(self.kind_ids)])
+        colors_CD = torch.cat([self.empty_2D[1:], self.words(self.color_ids)])
         seen_BG = batch.kind_BG != EMPTY
-        gap_BG5 = F.smooth_l1_loss(place_BG5, batch.place_BG5, reduction="none", beta=0.05)
-        box_gap = gap_BG5[..., :4][seen_BG].mean()
+        last_pixel = torch.tensor([0, 0, 1, 1])
+        hundredths_S4 = (batch.place_BG5[..., :4][seen_BG] * SIDE - last_pixel).round().long() * 100 // SIDE
+        corner_S4D = torch.stack([corner_BGD[seen_BG] for corner_BGD in corner_4BGD], 1)
+        corner_S4N = (corner_S4D @ self.words(self.number_ids).T).float()
+        inv_depth_BG = self.inv_depth(image_BGD).float().squeeze(-1)
         return (
-            F.cross_entropy(kind_BGK.flatten(0, 1), batch.kind_BG.flatten())
-            + F.cross_entropy(color_BGC.flatten(0, 1), batch.color_BG.flatten())
-            + 5 * box_gap
-            + 5 * gap_BG5[..., 4].mean()
+            F.cross_entropy((kind_BGD @ kinds_KD.T).float().flatten(0, 1), batch.kind_BG.flatten())
+            + F.cross_entropy((color_BGD @ colors_CD.T).float().flatten(0, 1), batch.color_BG.flatten())
+            + F.cross_entropy(corner_S4N.flatten(0, 1), hundredths_S4.flatten())
+            + 5 * F.smooth_l1_loss(inv_depth_BG, batch.place_BG5[..., 4], beta=0.05)
         )
+
+
+def _word_ids(processor: InternVLProcessor, words: list[str]) -> torch.Tensor:
+    """The ids of words that must be one token each."""
+    ids = [processor.tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    for word, found in zip(words, ids, strict=True):
+        if len(found) != 1:
+            raise ValueError(f"tokenizer: {word!r} became {len(found)} tokens, expected 1: learn it from more rooms")
+    return torch.tensor([found[0] for found in ids])
 
 
 @dataclass
@@ -98,12 +126,12 @@ def answer_loss(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor
     return F.cross_entropy(logits, batch.labels_BT[:, 1:][taught_BT])
 
 
-def optimizers(model: nn.Module, head: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, head: CellHead, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, norms, biases and the head."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and "layer" in name and "embed" not in name]
     chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen] + list(head.parameters())
+    rest = [p for _, p in named if id(p) not in chosen] + head.own_parameters()
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
@@ -120,7 +148,7 @@ def train(
     out: Path,
 ) -> int:
     """The number of steps done in `seconds`; trains `model` in place and saves it to `out` now and then."""
-    head = CellHead(model.config.text_config.hidden_size)
+    head = CellHead(model, processor)
     groups = optimizers(model, head, rate)
     parameters = [p for group in groups for g in group.param_groups for p in g["params"]]
     packer = Packer(processor, rooms, np.random.default_rng(SEED))

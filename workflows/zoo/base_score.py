@@ -179,16 +179,16 @@ library_name: transformers
 `InternVLForConditionalGeneration` (transformers' own class), trained from nothing on rooms that the project renders.
 It answers questions in text and knows no spatial tokens: it is what room-scale runs start from, in the place that
 InternVL2.5 takes at full size. {parameters:.2f} M parameters, stored in fp16: a vision tower of 5 layers on 16 x 16
-patches of a {side}-pixel image, 64 image tokens by pixel shuffle, and a Qwen2 of 6 layers with tied embeddings and a
+patches of a {side}-pixel image, 64 image tokens by pixel shuffle, and a Qwen2 of 4 layers with tied embeddings and a
 byte-level BPE vocabulary of {tokens} tokens in which each number from 0 to 99 is one.
 
     python -m workflows.zoo.base --minutes {minutes:g} --rooms {rooms} --out perceptio/rooms/zoo/base
 
 That run took {seconds} s, {cpu_seconds} s of them at work, on one CPU thread: {steps} steps of {packs} images, seed
 {seed_of_run}. It learnt from {rooms} rooms of seed {train_seed}: count, attribute, yes/no, distance, choice and points
-questions, and
-in about half of the turns `Where is EXPRESSION?` -> `[[x0, y0, x1, y1]]` in hundredths of the image's side. Meanwhile a
-linear head also read kind, colour, box and depth of each image cell from exact labels; it is not part of the model.
+questions, and in about half of the turns `Where is EXPRESSION?` -> `[[x0, y0, x1, y1]]` in hundredths of the image's
+side. Meanwhile a linear head also read kind, colour, box and depth of each image cell, against exact labels and in the
+text model's own word and number embeddings; the head is not part of the model.
 
 ## Held-out rooms (seed {seed})
 
