@@ -222,7 +222,9 @@ class _Run:
     def finish(self, recipe: Recipe, attempt: str) -> None:
         table = self.job.table
         if self.lost:
-            log.warning("%s: another attempt was first on %d shards: its rows stand, ours are gone", table, self.lost)
+            log.warning(
+                "%s: another attempt committed %d of these shards first: its rows stand, none of ours", table, self.lost
+            )
         require_few_rejects(table, self.commits, recipe.max_reject_share)
         table.finish(
             self.commits,

@@ -1,0 +1,97 @@
+"""One local Ray for all integration tests, and small parts for the data stages: real classes, random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
+
+from perceptio.depth.codebook import CodebookConfig, DepthCodebook
+from schemas.recipe import Recipe, load_recipe
+from workflows import depth, runtime
+from workflows.commits import open_root
+from workflows.folders import publish
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ROOMS = CHECKOUT / "workflows" / "recipes" / "rooms.yaml"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[str]:
+    """The address of a Ray of this test session; more logical CPUs than cores, so that pools never wait for one."""
+    paths = [str(CHECKOUT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    context = ray.init(num_cpus=16, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Depth Anything of 60,000 random parameters."""
+    torch.manual_seed(0)
+    backbone = Dinov2Config(
+        image_size=32,
+        patch_size=16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        out_indices=[1, 2],
+        reshape_hidden_states=False,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=16,
+        reassemble_hidden_size=16,
+        reassemble_factors=[2, 1],
+        neck_hidden_sizes=[8, 16],
+        fusion_hidden_size=8,
+        head_hidden_size=4,
+        initializer_range=0.3,  # at the published 0.02 so small a model is flat
+        depth_estimation_type="relative",
+    )
+    model = DepthAnythingForDepthEstimation(config)
+    torch.nn.init.constant_(model.get_parameter("head.conv3.bias"), 5.0)  # keeps the last ReLU alive
+    folder = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(folder)
+    DPTImageProcessor(size={"height": 32, "width": 32}, ensure_multiple_of=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def put_codebook(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """A function that publishes a random codebook under a recipe's root, made for the teacher that it is told."""
+    torch.manual_seed(0)
+    codebook = DepthCodebook(CodebookConfig(image_size=32, codes=8, dim=8, channels=(8, 8, 8), residual_blocks=1))
+    with torch.no_grad():
+        codebook(torch.rand(16, 32, 32))  # k-means sets the codes
+    folder = tmp_path_factory.mktemp("codebook")
+    codebook.save_pretrained(folder)
+
+    def put(recipe: Recipe, teacher_digest: str) -> None:
+        fields: dict[str, Any] = {"stage": "codebook", "attempt": runtime.attempt_id(), "recipe": recipe.digest}
+        fields |= {"code": "test", "inputs": {"teacher": teacher_digest}, "extra": {"convention": depth.CONVENTION}}
+        publish(open_root(recipe.root), folder, "codebook", **fields)
+
+    return put
+
+
+def recipe_of(root: Path | str, sources: list[dict[str, Any]], **settings: Any) -> Recipe:
+    """The rooms recipe on other sources, with dotted settings such as depth__teacher=..."""
+    lines = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    mixture = [{"source": s["name"], "weight": 1, "segmentation": False, "depth": True} for s in sources]
+    overrides = [f"sources={sources}", f"train.mixture={mixture}", "ingest.rows_per_shard=4", "max_reject_share=1"]
+    overrides += [f"{stage}.pool.max_actors=1" for stage in ("ingest", "depth", "tokenize", "assemble")]
+    return load_recipe(ROOMS, root=str(root), overrides=[*overrides, *lines])
+
+
+def rooms(name: str = "rooms", count: int = 8, **changes: Any) -> dict[str, Any]:
+    """A source of small rooms, as a recipe writes it."""
+    source = {"name": name, "format": "rooms", "count": count, "size": 32, "seed": 1}
+    return {**source, "questions": ["referring"], "exact_masks": True, **changes}
