@@ -51,7 +51,8 @@ class CellHead(nn.Module):
 
     def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
         super().__init__()
-        width, self.words = model.config.text_config.hidden_size, model.get_input_embeddings()
+        self.words = model.get_input_embeddings()
+        width = self.words.get_parameter("weight").shape[1]
         self.read = nn.Linear(width, 6 * width)
         self.empty_2D = nn.Parameter(torch.zeros(2, width))
         self.inv_depth = nn.Linear(width, 1)
@@ -161,7 +162,8 @@ def train(
             look = head.loss(image_BGD, batch)
             whole = clock.passed > LOOK_SHARE
             text = answer_loss(model, image_BGD, batch) if whole else look.new_zeros(())
-        (text + LOOK_WEIGHT * look if whole else look).backward()
+        loss: torch.Tensor = text + LOOK_WEIGHT * look if whole else look
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in groups:
             for g in optimizer.param_groups:

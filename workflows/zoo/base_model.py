@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     numbers = " ".join(str(n) for n in range(100))
     backend.train_from_iterator([*texts, *[numbers] * 1000], trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=END,
@@ -112,7 +112,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGen
     config = InternVLConfig(
         vision_config=vision,
         text_config=text.to_dict(),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE["context_image_token"]),
+        image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE["context_image_token"])),  # type: ignore[arg-type]
         image_seq_length=GRID * GRID,
         downsample_ratio=GRID * PATCH / SIDE,
         tie_word_embeddings=True,

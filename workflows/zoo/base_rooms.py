@@ -69,7 +69,8 @@ def all_boxes(sight: Sight, rng: np.random.Generator) -> list[Turn]:
     found = expressions(sight)
     weight = [1 / sum(o.form == e.form for o in found) / sum(o.target == e.target for o in found) for e in found]
     share = np.array(weight) / sum(weight)
-    chosen = rng.choice(len(found), min(MOST_BOXES, len(found)), replace=False, p=share) if found else []
+    count = min(MOST_BOXES, len(found))
+    chosen: list[int] = rng.choice(len(found), count, replace=False, p=share).tolist() if found else []
     return [("box", f"Where is {found[i].text}?", box_answer(sight.box_O4[found[i].target])) for i in chosen]
 
 

@@ -65,8 +65,9 @@ def answers(folder: Path, asked: Sequence[Asked], with_image: bool = True) -> li
         texts = [_chat(processor, a.question.prompt) for a in part]
         images = [[a.image_HW3 if with_image else np.full_like(a.image_HW3, 127)] for a in part]
         inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        said += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)  # type: ignore[misc]
+        new_BT = out[:, inputs["input_ids"].shape[1] :]  # type: ignore[index]
+        said += [str(processor.tokenizer.decode(ids, skip_special_tokens=True)) for ids in new_BT]
     return [text.strip() for text in said]
 
 
