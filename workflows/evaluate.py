@@ -48,6 +48,7 @@ from workflows.scores import Predictions, score
 
 METRICS = "metrics.json"
 FREE = 96  # scenes asked without the grammar
+BLANK = 120  # scenes asked with the image removed
 GREY = 127  # value of every pixel where the image is removed
 UNASKED = ("box",)  # kinds without a scorer
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the tables was checked by `ingest`
@@ -110,7 +111,7 @@ class Asker:
     def _perceiver(self, trained: bool) -> Perceiver:
         if trained not in self.perceivers:
             self.perceivers[trained] = self._trained() if trained else self._untrained()
-            self.perceivers[trained].model.to(runtime.device())
+            self.perceivers[trained].model.to(runtime.device())  # type: ignore[arg-type]  # its wrapper hides nn.Module.to
         return self.perceivers[trained]
 
     def _trained(self) -> Perceiver:
@@ -204,7 +205,7 @@ def _asks(pictures: Sequence[Picture]) -> dict[str, list[Row]]:
     """The questions of every pass. A picture is asked to segment once, and one question of every other kind."""
     asks: dict[str, list[Row]] = {key: [] for key in PASSES}
     scenes = list(dict.fromkeys(picture.scene for picture in pictures))
-    free = set(scenes[:FREE])
+    free, blank = set(scenes[:FREE]), set(scenes[:BLANK])
     for picture in pictures:
         firsts = {turn["kind"]: i for i, turn in reversed(list(enumerate(picture.turns)))}
         for kind, turn in firsts.items() if picture.turns else {"": -1}.items():
@@ -212,7 +213,7 @@ def _asks(pictures: Sequence[Picture]) -> dict[str, list[Row]]:
                 continue  # nothing to score it with
             ask = _row(picture, turn, segmentation="on" if kind == "referring" else "off", depth="on")
             asks["model"].append(ask)
-            if kind not in ("", "referring"):
+            if kind not in ("", "referring") and picture.scene in blank:
                 asks["blank"].append(ask)
             if kind in ("", "referring") and picture.scene in free:
                 asks["free"].append(ask)

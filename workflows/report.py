@@ -35,7 +35,6 @@ from workflows.commits import Root, StageError, Table, open_root
 from workflows.folders import local_copy
 from workflows.held_out import STEPS, Picture, inv_depth, read_pictures, resized
 from workflows.pictures import data_uri, depth_colours, depth_scale, tinted
-from workflows.runtime import code_version
 
 SHOWN = 12  # held-out scenes with pictures
 STORED = ImageLimits(min_side=1, max_pixels=2**31)
@@ -50,11 +49,26 @@ NAMES = {
     "reconstruction_mae": "Codebook's reconstruction, error in inverse depth",
     "generated_depth_mae": "Generated map, error in inverse depth",
     "code_accuracy": "Depth codes equal to the teacher's",
+    "teacher_abs_rel": "Teacher, AbsRel in true depth",
+    "generated_abs_rel": "Generated map, AbsRel in true depth",
+    "teacher_rmse": "Teacher, RMSE in metres",
+    "generated_rmse": "Generated map, RMSE in metres",
+    "teacher_delta1": "Teacher, pixels within 1.25 of true depth",
+    "generated_delta1": "Generated map, pixels within 1.25 of true depth",
     "referring_ciou": "Referring segmentation, cIoU",
     "referring_giou": "Referring segmentation, gIoU",
     "closest_point_accuracy": "Closest point, mean over set sizes",
+    "closest_point_accuracy_3": "Closest of 3 points",
+    "closest_point_accuracy_4": "Closest of 4 points",
+    "closest_point_accuracy_5": "Closest of 5 points",
+    "attribute_accuracy": "What colour is it?",
+    "choice_accuracy": "Multiple choice",
+    "count_accuracy": "How many are there?",
+    "distance_accuracy": "Which of two is closer?",
+    "yes_no_accuracy": "Yes or no",
     "well_formed_without_grammar": "Replies well formed without the grammar",
 }
+VERDICTS = {"better": "better", "worse": "worse", "open": "not told apart", "ceiling": "from the best possible"}
 HEADLINES = ("referring_ciou", "generated_depth_mae", "closest_point_accuracy", "well_formed_without_grammar")
 ERRORS = ("mae", "rmse", "abs_rel")  # shown as numbers, all else in per cent
 
@@ -71,7 +85,7 @@ class Figure:
     interval: str
     baseline: str
     difference: str
-    verdict: str  # "better", "worse" or "open"
+    verdict: str  # a key of VERDICTS
     n: int
     whisker: Whisker
 
@@ -88,7 +102,8 @@ def write_report(recipe: Recipe, seconds: Mapping[str, float] | None = None) -> 
         raise StageError(f"{recipe.root}: eval/metrics.json is missing: run `evaluate` first")
     evaluation = json.loads(data)
     spent = dict(seconds) if seconds is not None else stage_seconds(recipe, root)
-    versions = {"perceptio": code_version(), "python": platform.python_version()}
+    manifest = root.manifest("eval", evaluation["evaluation"])
+    versions = {"perceptio": manifest.code if manifest else "", "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
     summary = {"metrics": evaluation["metrics"], "seconds": spent, "versions": versions}
     root.write(json.dumps(summary, indent=1).encode(), "report.json")
@@ -109,6 +124,7 @@ def write_report(recipe: Recipe, seconds: Mapping[str, float] | None = None) -> 
         served=served(root),
         versions=versions,
         scale=depth_scale(),
+        verdicts=VERDICTS,
     )
     root.write(page.encode(), "report.html")
     return root.at("report.html")
@@ -155,14 +171,17 @@ def figure(name: str, metric: Row) -> Figure:
     gain = (metric["difference_low"], metric["difference_high"])
     if not metric["higher_is_better"]:
         gain = (-gain[1], -gain[0])
+    unit = "" if number else " %"
     verdict = "better" if gain[0] > 0 else "worse" if gain[1] < 0 else "open"
+    if "ceiling" in metric["against"]:
+        verdict = "ceiling"
     title = NAMES.get(base) or base.replace("_", " ").capitalize()
     return Figure(
         title=title,
         against=metric["against"],
-        value=shown(metric["value"]) + ("" if number else " %"),
+        value=shown(metric["value"]) + unit,
         interval=f"{shown(metric['low'])} to {shown(metric['high'])}",
-        baseline=shown(metric["baseline"]),
+        baseline=shown(metric["baseline"]) + unit,
         difference=f"{shown(metric['difference'], '+')} ({shown(metric['difference_low'], '+')}"
         f" to {shown(metric['difference_high'], '+')})",
         verdict=verdict,

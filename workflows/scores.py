@@ -82,7 +82,7 @@ def score(
     found = Score(resamples, seed)
     _depth(found, pictures, said["model"], blind, decode)
     _referring(found, pictures, said["model"], said["untrained"], blind)
-    _points(found, pictures, said["model"])
+    _points(found, pictures, said["model"], said["blank"])
     _questions(found, pictures, said["model"], said["blank"], blind)
     _well_formed(found, pictures, said["free"], said["untrained_free"])
     return found.metrics
@@ -205,38 +205,50 @@ def _blind_masks(picture: Picture, turn: int, blind: Blind) -> dict[str, Bools]:
     return found
 
 
-def _points(found: Score, pictures: Sequence[Picture], said: Predictions) -> None:
+def _points(found: Score, pictures: Sequence[Picture], said: Predictions, blank: Predictions) -> None:
     """The mean of the accuracies over sets of 3, 4, 5 ... points, and each apart; chance is 1 / points."""
     asked = _asked(pictures, said, "points")
     sizes = Counter(len(picture.turns[i]["choices"]) for picture, i in asked)
     if not asked:
         return
+
+    def mean(part: list[tuple[Picture, int]], right: npt.ArrayLike) -> Sums:
+        points = [len(picture.turns[i]["choices"]) for picture, i in part]
+        weights = 1 / np.array([sizes[n] for n in points])  # so that a ratio of sums is the mean of the subsets
+        return sums([picture.scene for picture, _ in part], weights * np.asarray(right, np.float64), weights)
+
     parts = {"": asked}
     parts |= {f"_{n}": [(p, i) for p, i in asked if len(p.turns[i]["choices"]) == n] for n in sorted(sizes)}
     for suffix, part in parts.items():
-        points = [len(picture.turns[i]["choices"]) for picture, i in part]
-        weights = 1 / np.array([sizes[n] for n in points])  # so that a ratio of sums is the mean of the subsets
-        scenes = [picture.scene for picture, _ in part]
-        own = sums(scenes, weights * [_right(picture, i, said) for picture, i in part], weights)
-        chance = sums(scenes, weights / np.array(points), weights)
+        own = mean(part, [_right(*ask, said) for ask in part])
+        chance = mean(part, [1 / len(picture.turns[i]["choices"]) for picture, i in part])
         found.add(f"closest_point_accuracy{suffix}", own, chance, "chance", higher_is_better=True)
+        if not suffix:
+            _beside_unseen(found, "closest_point_accuracy", part, said, blank)
 
 
 def _questions(found: Score, pictures: Sequence[Picture], said: Predictions, blank: Predictions, blind: Blind) -> None:
     """Accuracy of each kind of question beside its usual answer, and beside the model that does not see."""
-    kinds = sorted({turn["kind"] for picture in pictures for turn in picture.turns} - {"referring"})
-    for kind in kinds:
+    for kind in sorted({turn["kind"] for picture in pictures for turn in picture.turns} - {"referring", "points"}):
         asked = _asked(pictures, said, kind)
         if not asked:
             continue
         scenes = [picture.scene for picture, _ in asked]
         own = sums(scenes, [_right(picture, i, said) for picture, i in asked])
-        unseen = sums(scenes, [_right(picture, i, blank) for picture, i in asked])
-        if kind != "points":
-            usual = [blind.answer(p.turns[i]) == p.turns[i]["answer"] for p, i in asked]
-            found.add(f"{kind}_accuracy", own, sums(scenes, usual), "usual training answer", higher_is_better=True)
-        name = "closest_point" if kind == "points" else kind
-        found.add(f"{name}_accuracy_vs_image_removed", own, unseen, "image removed", higher_is_better=True)
+        usual = sums(scenes, [blind.answer(p.turns[i]) == p.turns[i]["answer"] for p, i in asked])
+        found.add(f"{kind}_accuracy", own, usual, "usual training answer", higher_is_better=True)
+        _beside_unseen(found, f"{kind}_accuracy", asked, said, blank)
+
+
+def _beside_unseen(
+    found: Score, name: str, asked: list[tuple[Picture, int]], said: Predictions, blank: Predictions
+) -> None:
+    """Plain accuracy over the questions that were asked without the image too, beside the answers given then."""
+    both = [(picture, i) for picture, i in asked if (picture.id, i) in blank]
+    if both:
+        scenes = [picture.scene for picture, _ in both]
+        own, unseen = (sums(scenes, [_right(picture, i, answers) for picture, i in both]) for answers in (said, blank))
+        found.add(f"{name}_vs_image_removed", own, unseen, "image removed", higher_is_better=True)
 
 
 def _well_formed(found: Score, pictures: Sequence[Picture], said: Predictions, untrained: Predictions) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe, load_recipe
 from schemas.tables import PREDICTIONS, REJECTS
 from tests.tiny import tiny_model
-from workflows import assemble, depth, evaluate, ingest, runtime, tokenize_depth
+from workflows import assemble, depth, evaluate, ingest, tokenize_depth
 from workflows.commits import OtherInputsError, Root, Table, open_root
 from workflows.folders import publish
 from workflows.runtime import ShardWorker
@@ -95,18 +93,16 @@ def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, local_ray: str) -> World:
     folder = tmp_path_factory.mktemp("evaluated")
     model = tiny_model(folder / "tiny")
     recipe = recipe_in(folder / "root", folder / "tiny" / "parts")
     root = open_root(recipe.root)
-    runtime.start(recipe)
     codebook = published(root, folder / "tiny" / "parts" / "codebook", "codebook", {})
     fill(recipe, root, codebook)
     published(root, model, "model", {"codebook": codebook.digest})
     evaluate.run(recipe)
-    yield World(recipe, root)
-    ray.shutdown()
+    return World(recipe, root)
 
 
 def test_every_figure_has_its_interval_and_its_baseline(world: World) -> None:
