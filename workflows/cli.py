@@ -141,6 +141,26 @@ def rooms(
 
 
 @app.command()
+def cluster(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    recipe: RecipeOption = "cluster",
+    root: RootOption = None,
+    overrides: SetOption = None,
+    settings: Annotated[Path | None, typer.Option("--settings", help="YAML of what differs from the defaults.")] = None,
+) -> None:
+    """Renders RayJob and RayService YAML for Kubernetes from a recipe."""
+    from cluster.render import render, write
+    from cluster.settings import load_settings
+
+    loaded = _load(recipe, root, overrides)
+    try:
+        write(render(loaded, load_settings(settings)), out)
+    except RecipeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def schema() -> None:
     """Prints the recipe's JSON Schema, for editors."""
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=1))

@@ -27,7 +27,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from perceptio.depth.codec import DepthCodec
 from perceptio.model import CODEBOOK_FOLDER
 from schemas.manifest import Manifest
-from schemas.recipe import Recipe
+from schemas.recipe import Recipe, load_recipe
 from workflows.commits import StageError, open_root
 from workflows.endpoint import RETRY_AFTER_S, Endpoint
 from workflows.folders import local_copy, require
@@ -73,6 +73,12 @@ def start(recipe: Recipe) -> str:
         stop()
         raise StageError(f"serve: the model did not become ready: {_last_line(error)}") from error
     return f"http://{settings.host}:{settings.port}"
+
+
+def build(args: dict[str, str]) -> serve.Application:
+    """The application of a RayService; args: {"recipe": path of the recipe in the pod}."""
+    recipe = load_recipe(Path(args["recipe"]))
+    return _application(recipe, check_folder(recipe).digest)
 
 
 def stop() -> None:

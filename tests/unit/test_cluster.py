@@ -186,7 +186,6 @@ def test_every_command_is_one_of_the_command_line(objects: dict[str, Any]) -> No
             ]
 
 
-@pytest.mark.xfail(strict=True, reason="workflows/serve.py has no build(args) yet: add it and take this mark away")
 def test_the_service_names_an_application_that_exists(objects: dict[str, Any]) -> None:
     config = yaml.safe_load(objects["serve.yaml"]["spec"]["serveConfigV2"])
     assert [application["import_path"] for application in config["applications"]] == [APPLICATION]
