@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 ROOMS = CHECKOUT / "workflows" / "recipes" / "rooms.yaml"
 
 
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[str]:
-    """The address of a Ray of this test session; more logical CPUs than cores, so that pools never wait for one."""
-    paths = [str(CHECKOUT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    context = ray.init(num_cpus=16, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield context.address_info["address"]
-    ray.shutdown()
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> str:
+    """The address of this session's one Ray, started anew only where a module of tests shut it down.
+
+    It has more logical CPUs than there are cores, so that no pool waits for one. It ends with the session's process.
+    """
+    if not ray.is_initialized():
+        paths = [str(CHECKOUT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+        ray.init(num_cpus=16, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @pytest.fixture(scope="session")

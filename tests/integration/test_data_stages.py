@@ -29,7 +29,6 @@ from workflows import assemble, depth, ingest, runtime, tokenize_depth, verify
 from workflows.commits import DamagedTableError, OtherInputsError, Table, open_root
 from workflows.runtime import NotEnoughError, TooManyRejectsError
 
-pytestmark = pytest.mark.usefixtures("local_ray")
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 LIMITS = ImageLimits(1, 10**9)
 
