@@ -139,7 +139,10 @@ def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTI
 
 
 def held_out_figures(teacher: DepthTeacher, rooms: Arrays, mean_map_HW: npt.NDArray[np.float64]) -> dict[str, float]:
-    """MAE and delta < 1.25 in inv_depth of the teacher and of the blind mean map, each a mean over rooms."""
+    """MAE and delta < 1.25 in inv_depth of the teacher and of the blind mean map, each a mean over rooms.
+
+    `first_100_mae` is the teacher's on the first 100 rooms, for a quicker check of the card.
+    """
     figures: dict[str, list[float]] = {"mae": [], "delta1": [], "mean_map_mae": [], "mean_map_delta1": []}
     for rgb_HW3, target_HW in zip(*rooms, strict=True):
         (found,) = teacher([rgb_HW3])
@@ -151,7 +154,8 @@ def held_out_figures(teacher: DepthTeacher, rooms: Arrays, mean_map_HW: npt.NDAr
             least = 1e-3  # of the range: the farthest pixel is 0 by construction and has no ratio
             ratio_HW = np.maximum(guess_HW, least) / np.maximum(truth_HW, least)
             figures[f"{name}delta1"].append(float((np.maximum(ratio_HW, 1 / ratio_HW) < 1.25).mean()))
-    return {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
+    means = {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
+    return {**means, "first_100_mae": round(float(np.mean(figures["mae"][:100])), 4)}
 
 
 def write_card(out: Path, card: dict[str, Any]) -> None:
