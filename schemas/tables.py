@@ -24,6 +24,8 @@ RLE = pa.struct(
 
 BOX = pa.struct([("x0", pa.float32()), ("y0", pa.float32()), ("x1", pa.float32()), ("y1", pa.float32())])  # pixels
 
+POINT = pa.struct([("x", pa.float32()), ("y", pa.float32())])  # pixels
+
 TURN = pa.struct(
     [
         ("kind", pa.string()),  # referring, points, distance, count, attribute, yes_no, choice, ...
@@ -33,6 +35,7 @@ TURN = pa.struct(
         ("expression", pa.string()),  # the bare referring expression, else ""
         ("objects", pa.list_(pa.int32())),  # indices into the row's `masks` / `boxes`, in the order named
         ("choices", pa.list_(pa.string())),  # the closed set of answers, else []
+        ("points", pa.list_(POINT)),  # of the lettered points drawn in, in the order of their letters, else []
     ]
 )
 

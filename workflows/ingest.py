@@ -49,6 +49,15 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
+class Point(BaseModel):
+    """A lettered point drawn into the image, in pixels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    x: float
+    y: float
+
+
 class Turn(BaseModel):
     """One question of a record, as it is written in `records.jsonl`."""
 
@@ -61,6 +70,7 @@ class Turn(BaseModel):
     expression: str = ""
     objects: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
+    points: tuple[Point, ...] = ()
 
 
 class Record(BaseModel):
@@ -171,6 +181,7 @@ def _room_row(source: RoomsSource, room: Room, uri: str, rgb_HW3: Any, questions
                 "expression": question.expression,
                 "objects": list(question.objects),
                 "choices": list(question.choices),
+                "points": [{"x": float(x), "y": float(y)} for x, y in question.points_xy],
             }
             for question in questions
         ],

@@ -206,7 +206,10 @@ def _blind_masks(picture: Picture, turn: int, blind: Blind) -> dict[str, Bools]:
 
 
 def _points(found: Score, pictures: Sequence[Picture], said: Predictions, blank: Predictions) -> None:
-    """The mean of the accuracies over sets of 3, 4, 5 ... points, and each apart; chance is 1 / points."""
+    """The mean of the accuracies over sets of 3, 4, 5 ... points, and each apart; chance is 1 / points.
+
+    The lowest point in the picture is often the closest in photographs (METHOD.md), so that guess is scored too.
+    """
     asked = _asked(pictures, said, "points")
     sizes = Counter(len(picture.turns[i]["choices"]) for picture, i in asked)
     if not asked:
@@ -225,6 +228,15 @@ def _points(found: Score, pictures: Sequence[Picture], said: Predictions, blank:
         found.add(f"closest_point_accuracy{suffix}", own, chance, "chance", higher_is_better=True)
         if not suffix:
             _beside_unseen(found, "closest_point_accuracy", part, said, blank)
+            if all(picture.turns[i]["points"] for picture, i in part):
+                lowest = mean(part, [_is_lowest(picture.turns[i]) for picture, i in part])
+                found.add("closest_point_accuracy_vs_lowest", own, lowest, "lowest point", higher_is_better=True)
+
+
+def _is_lowest(turn: Row) -> bool:
+    """Whether the answer of a points question is the point that lies lowest in the picture."""
+    lowest = max(range(len(turn["points"])), key=lambda i: turn["points"][i]["y"])
+    return is_right(turn["choices"][lowest], turn["answer"], turn["choices"])
 
 
 def _questions(found: Score, pictures: Sequence[Picture], said: Predictions, blank: Predictions, blind: Blind) -> None:

@@ -25,7 +25,7 @@ def row(number: int) -> dict[str, Any]:
     return {
         "id": f"{number:016x}", "image": bytes([number % 256]) * 5000, "width": 4, "height": 3,
         "turns": [{"kind": "count", "form": "", "prompt": "How many?", "answer": str(number), "expression": "",
-                   "objects": [0], "choices": ["1", "2"]}],
+                   "objects": [0], "choices": ["1", "2"], "points": []}],
         "masks": [{"height": 3, "width": 4, "counts": "0<"}], "codes": [number % 7, 1], "depth_target": b"png",
     }  # fmt: skip
 
