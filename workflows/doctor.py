@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ray
@@ -62,20 +62,20 @@ def _python(recipe: Recipe) -> str:
 
 def _packages(recipe: Recipe) -> str:
     try:
-        required = importlib.metadata.requires("perceptio") or []
+        texts = importlib.metadata.requires("perceptio") or []
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingError("the package itself is not installed: run `make setup`") from error
-    wrong = list(_wrong_packages(Requirement(text) for text in required))
+    named = [Requirement(text) for text in texts]
+    required = [one for one in named if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = list(_wrong_packages(required))
     if wrong:
         raise MissingError(f"{'; '.join(wrong)}: run `make setup`")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "transformers"))
     return f"{versions} and {len(required) - 3} others"
 
 
-def _wrong_packages(required: Iterator[Requirement]) -> Iterator[str]:
+def _wrong_packages(required: Sequence[Requirement]) -> Iterator[str]:
     for requirement in required:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
         try:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:

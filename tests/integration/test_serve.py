@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import ray
 from PIL import Image
 
 from perceptio.data.masks import rle_to_mask
@@ -52,6 +51,8 @@ def published(folder: Path, seed: int, licences: tuple[Licence, ...] = ()) -> Re
     )
     overrides = [
         f"serve.port={free_port()}",
+        "serve.max_ongoing_requests=4",
+        "serve.max_queued_requests=4",
         "serve.max_replicas=1",
         "serve.max_new_tokens=4",
         "cluster.min_memory_gb=1",
@@ -104,7 +105,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with httpx.Client(base_url=url, timeout=60) as client:
         yield Service(client, recipe)
     serve.stop()
-    ray.shutdown()
 
 
 def test_a_good_request_gets_text_masks_and_depth(service: Service) -> None:
@@ -162,6 +162,16 @@ def test_answers_in_one_batch_reach_their_own_requests(service: Service) -> None
     alone = ask(2)
     assert together[2]["text"] == alone["text"]
     assert together[2]["depth"]["codes"] == alone["depth"]["codes"]
+
+
+def test_more_than_the_queue_holds_is_refused_at_once_with_when_to_try_again(service: Service) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        replies = list(pool.map(lambda _: service.ask(depth="on"), range(40)))
+    assert {reply.status_code for reply in replies} == {200, 503}
+    refused = next(reply for reply in replies if reply.status_code == 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "wait already" in refused.json()["error"]
+    assert service.ask().status_code == 200
 
 
 WRONG: dict[str, tuple[dict[str, Any], int, str, list[str]]] = {
