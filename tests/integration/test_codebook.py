@@ -26,8 +26,9 @@ SMALL = (
     "codebook.channels=[8, 16]",
     "codebook.codes=8",
     "codebook.dim=8",
-    "codebook.steps=60",
+    "codebook.steps=120",
     "codebook.global_batch=16",
+    "codebook.gradient_weight=0.1",
     "codebook.learning_rate=0.005",
     "codebook.sample_rows=150",
 )
