@@ -330,6 +330,8 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), root: str | None =
         _assign(values, override)
     if root is not None:
         values["root"] = root
+    if "root" in values and "://" not in str(values["root"]):
+        values["root"] = str(Path(values["root"]).resolve())  # workers have another working folder
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

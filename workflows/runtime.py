@@ -109,6 +109,15 @@ def start(recipe: Recipe) -> None:
     )
 
 
+def enter(folder: str) -> None:
+    """Makes `folder`, the driver's, the working folder, so that a recipe's relative paths mean the same in a worker.
+
+    Ray Train gives its workers another one. On another machine the folder may not exist: there, paths are absolute.
+    """
+    if Path(folder).is_dir():
+        os.chdir(folder)
+
+
 def attempt_id() -> str:
     """A name for one attempt at a stage: the time, and four random bytes."""
     return time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + secrets.token_hex(4)

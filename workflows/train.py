@@ -55,7 +55,12 @@ def run(recipe: Recipe) -> None:
     train = recipe.train
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"recipe": recipe.model_dump_json(), "run": name, "inputs": inputs},
+        train_loop_config={
+            "recipe": recipe.model_dump_json(),
+            "run": name,
+            "inputs": inputs,
+            "folder": str(Path.cwd()),
+        },
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.gpus_per_worker > 0,
@@ -101,6 +106,7 @@ def _inputs(recipe: Recipe, root: Root) -> dict[str, str]:
 
 def _work(config: dict[str, Any]) -> None:
     """One worker's whole run: from the recipe to the published model."""
+    runtime.enter(config["folder"])
     recipe = Recipe.model_validate_json(config["recipe"])
     train, root = recipe.train, open_root(recipe.root)
     context = ray.train.get_context()
