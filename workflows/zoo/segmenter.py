@@ -15,113 +15,40 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceptio.rooms.render import render_room
+from perceptio.rooms.furniture import COLORS, KINDS
 from perceptio.segmentation.sam2_image import (
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    FOREGROUND_POINT,
     Sam2Features,
     Sam2ImageConfig,
     Sam2ImageModel,
     preprocess,
 )
-from perceptio.segmentation.teacher import MaskTeacher
+from workflows.zoo.segmenter_rooms import Batch, Example, Floats, Rng, draw_prompts, example, mirrored
+from workflows.zoo.segmenter_score import write_card
 
 log = logging.getLogger(__name__)
 
-TRAIN_SEED, HELD_OUT_SEED = 101, 900  # recipes render with seeds 1 to 20
+TRAIN_SEED = 101  # recipes render with seeds 1 to 20, the card is scored on 900
 TRAIN_SIZES = (128, 160)  # pixels; both are resized to the model's input
+FULL_SIZE = Sam2ImageConfig().image_size
 COARSE_SIZE, COARSE_SHARE = 128, 0.5  # the first half of the time at a quarter of the cost: no weight knows the size
-HELD_OUT_ROOMS, HELD_OUT_SIZE = (100, 200), 128  # scored over the first so many
-MIN_OBJECT_SHARE = 0.0015  # of the image; smaller visible objects are no target
 FIRST_ROOMS, STEPS_PER_ROOM = 64, 2  # each room is seen about eight times, half of them mirrored
-IMAGES_PER_STEP, PROMPTS_PER_IMAGE = 4, 6  # half of the prompts are boxes, half clicks
-PEAK_RATE, WEIGHT_DECAY, WARM_UP, CLIP = 6e-4, 0.02, 0.04, 1.0
+IMAGES_PER_STEP = 4
+PEAK_RATE, BETAS, WEIGHT_DECAY, WARM_UP, CLIP = 1e-3, (0.9, 0.95), 0.02, 0.03, 1.0
+MORE_RATE = 6e-4  # peak of a run that goes on from a trained model
+CLOSENESS_GAIN = 1.5
+POSITION_STD = 0.7  # of the trunk's position embedding at the start, about that of what the patches carry
 BCE_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 5.0, 1.0, 1.0
 SPREAD_WEIGHT = 0.1  # of the mean over the three candidates: min-loss alone leaves two of them untrained
-DISC_RADII = (0.04, 0.07, 0.1, 0.15, 0.2)  # of the image side; the blind disc takes the best of them
-SAVE_SECONDS = 120.0
-LICENCE = "apache-2.0"
-
-Rng = np.random.Generator
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A room, reduced to what training needs."""
-
-    rgb_HW3: npt.NDArray[np.uint8]
-    masks: tuple[npt.NDArray[np.bool_], ...]  # [H, W] per object that is large enough
-
-
-def example(seed: int, index: int, size: int) -> Example:
-    """The room (seed, index), with the masks of its objects above MIN_OBJECT_SHARE; pure."""
-    room = render_room(seed, index, size)
-    floor = MIN_OBJECT_SHARE * size * size
-    masks = tuple(room.instance_HW == i for i, pixels in enumerate(room.visible_pixels) if pixels >= floor)
-    return Example(room.rgb_HW3, masks)
-
-
-def box_of(mask_HW: npt.NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    """The tight box x0, y0, x1, y1 in pixels, x1 and y1 one past the last."""
-    ys, xs = np.nonzero(mask_HW)
-    return float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)
-
-
-def click_on(mask_HW: npt.NDArray[np.bool_], rng: Rng) -> tuple[float, float]:
-    """A random pixel (x, y) of the mask."""
-    ys, xs = np.nonzero(mask_HW)
-    pick = rng.integers(len(xs))
-    return float(xs[pick]), float(ys[pick])
-
-
-def _mirrored(item: Example) -> Example:
-    return Example(item.rgb_HW3[:, ::-1], tuple(mask[:, ::-1] for mask in item.masks))
-
-
-def _jittered(box: tuple[float, float, float, float], side: int, rng: Rng) -> tuple[float, ...]:
-    """The box with each edge moved by up to a tenth of the box's own width or height."""
-    x0, y0, x1, y1 = box
-    noise = np.clip(rng.normal(0, 0.05, 4), -0.1, 0.1) * (x1 - x0, y1 - y0, x1 - x0, y1 - y0)
-    return tuple(np.clip(np.array(box) + noise, 0, side).tolist())
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts of one kind, with their targets."""
-
-    image_index_M: Tensor
-    points_MP2: Tensor  # input pixels
-    labels_MP: Tensor
-    target_MHW: Tensor  # [0, 1], the share of the cell that the object covers
-
-
-def draw_prompts(items: list[Example], *, boxes: bool, size: int, rng: Rng) -> Batch:
-    """PROMPTS_PER_IMAGE / 2 prompts of each image, on objects drawn at random, as boxes or single clicks."""
-    index, points, targets = [], [], []
-    for i, item in enumerate(items):
-        side = len(item.rgb_HW3)
-        for pick in rng.integers(len(item.masks), size=PROMPTS_PER_IMAGE // 2):
-            mask_HW = item.masks[pick]
-            prompt = _jittered(box_of(mask_HW), side, rng) if boxes else click_on(mask_HW, rng)
-            index.append(i)
-            points.append(torch.tensor(prompt).view(-1, 2) * size / side)
-            full_11HW = torch.from_numpy(np.ascontiguousarray(mask_HW))[None, None].float()
-            targets.append(F.interpolate(full_11HW, (size // 4, size // 4), mode="area")[0, 0])
-    labels = (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT) if boxes else (FOREGROUND_POINT,)
-    labels_MP = torch.tensor(labels).expand(len(index), -1)
-    return Batch(torch.tensor(index), torch.stack(points), labels_MP, torch.stack(targets))
+SAVE_SECONDS, LOG_STEPS = 120.0, 50
+NAMES = 2 + len(KINDS) + len(COLORS)
+AROUND_WEIGHT = 0.2  # of walls and floor among the names
 
 
 def loss_of(model: Sam2ImageModel, features: Sam2Features, batch: Batch) -> tuple[Tensor, float]:
@@ -145,171 +72,134 @@ def loss_of(model: Sam2ImageModel, features: Sam2Features, batch: Batch) -> tupl
     return mask_MK.min(dim=1).values.mean() + SPREAD_WEIGHT * mask_MK.mean() + IOU_WEIGHT * iou_loss, kept
 
 
-def train(out: Path, minutes: float) -> dict[str, Any]:
-    """Trains for `minutes` of processor time, saving into `out` as it goes; returns what the card says of it."""
-    torch.manual_seed(TRAIN_SEED)
-    rng = np.random.default_rng(TRAIN_SEED)
-    full_size = Sam2ImageConfig().image_size
-    model = Sam2ImageModel(Sam2ImageConfig()).train()
-    model.set_image_size(COARSE_SIZE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
+class NameHead(nn.Module):
+    """Kind and colour of every cell from SAM2's features: a guide of the trunk while it trains, then thrown away.
+
+    A prompt teaches the trunk one object at a time, names teach it every pixel of the image at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.s1, self.s0 = (nn.Conv2d(width, NAMES, 1) for width in (256, 64, 32))
+
+    def loss(self, features: Sam2Features, items: list[Example]) -> Tensor:
+        """Cross-entropy of kind and of colour, per cell of S/4, objects weighing more than what is around them."""
+        side = features.high_res_s0.shape[-1]
+        coarse = [self.embedding(features.embedding_BCHW), self.s1(features.high_res_s1)]
+        logits_BNHW = self.s0(features.high_res_s0) + sum(
+            F.interpolate(x, (side, side), mode="bilinear") for x in coarse
+        )
+        maps = [torch.from_numpy(np.ascontiguousarray(item.names_2HW))[None].float() for item in items]
+        names_B2HW = torch.cat([F.interpolate(x, (side, side), mode="nearest-exact") for x in maps]).long()
+        kinds, colors = logits_BNHW.split([1 + len(KINDS), 1 + len(COLORS)], dim=1)
+        return _weighted(kinds, names_B2HW[:, 0]) + _weighted(colors, names_B2HW[:, 1])
+
+
+def _weighted(logits_BNHW: Tensor, names_BHW: Tensor) -> Tensor:
+    weights_N = torch.ones(logits_BNHW.shape[1])
+    weights_N[0] = AROUND_WEIGHT
+    return F.cross_entropy(logits_BNHW, names_BHW, weights_N)
+
+
+def train(out: Path, minutes: float, before: dict[str, int] | None) -> dict[str, int]:
+    """Trains for `minutes` of processor time, saving into `out` as it goes; returns what the card says of it.
+
+    before: what this returned when it trained the model in `out`, to go on from there; None to start anew.
+    """
+    done = before or {"seed": TRAIN_SEED, "runs": 0, "steps": 0, "rooms": 0, "seconds": 0}
+    torch.manual_seed(TRAIN_SEED + done["runs"])
+    rng = np.random.default_rng((TRAIN_SEED, done["runs"]))
+    model = Sam2ImageModel.from_pretrained(out).train() if before else _placed()
+    head = NameHead()
+    weights = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    peak = MORE_RATE if before else PEAK_RATE
     start = saved = time.process_time()
     rooms: list[Example] = []
-    rendered = step = 0
+    recent: list[Floats] = []
+    rendered, step = done["rooms"], 0
     while (progress := (time.process_time() - start) / (60 * minutes)) < 1:
-        if progress > COARSE_SHARE:
-            model.set_image_size(full_size)
+        model.set_image_size(COARSE_SIZE if not before and progress < COARSE_SHARE else FULL_SIZE)
         for _ in range(FIRST_ROOMS if step == 0 else step % STEPS_PER_ROOM == 0):
             room = example(TRAIN_SEED, rendered, TRAIN_SIZES[rendered % len(TRAIN_SIZES)])
             rendered += 1
             rooms += [room] if room.masks else []
         picked = [rooms[i] for i in rng.integers(len(rooms), size=IMAGES_PER_STEP)]
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, progress / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
-        report = train_step(model, optimizer, picked, rng)
+            group["lr"] = peak * min(1.0, progress / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
+        recent.append(train_step(model, head, optimizer, picked, rng))
         step += 1
-        if step % 25 == 0:
-            log.info("step %d, %.0f %% of the time, rooms %d: %s", step, 100 * progress, rendered, report)
+        if step % LOG_STEPS == 0:
+            means = np.mean(recent, axis=0).round(3).tolist()
+            log.info("step %d, %.0f %%, rooms %d: names, boxes, clicks: %s", step, 100 * progress, rendered, means)
+            recent.clear()
         if time.process_time() - saved > SAVE_SECONDS:
             _save(model, out)
             saved = time.process_time()
     _save(model, out)
-    return {"seed": TRAIN_SEED, "steps": step, "rooms": rendered, "seconds": round(time.process_time() - start)}
+    seconds = done["seconds"] + round(time.process_time() - start)
+    total = {"runs": done["runs"] + 1, "steps": done["steps"] + step, "rooms": rendered, "seconds": seconds}
+    return done | total
 
 
-def train_step(model: Sam2ImageModel, optimizer: torch.optim.Optimizer, items: list[Example], rng: Rng) -> str:
-    """One step on boxes and clicks of the same images, so that they share the trunk's cost; says how it went."""
-    items = [_mirrored(item) if rng.random() < 0.5 else item for item in items]
+def _placed() -> Sam2ImageModel:
+    """A new model in which attention finds the place that a prompt names.
+
+    From the package's own start the decoder ignores its prompts for hundreds of steps. With equal query and key
+    projections, attention between prompts and pixels begins as closeness in position, and learning sets in sooner.
+    """
+    model = Sam2ImageModel(Sam2ImageConfig()).train()
+    torch.nn.init.normal_(model.image_encoder.trunk.pos_embed, std=POSITION_STD)
+    torch.nn.init.normal_(model.sam_prompt_encoder.no_mask_embed.weight, std=0.02)
+    for embedding in model.sam_prompt_encoder.point_embeddings:
+        torch.nn.init.normal_(embedding.weight, std=0.3)
+    transformer = model.sam_mask_decoder.transformer
+    crossings = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        crossings += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in crossings:
+        torch.nn.init.orthogonal_(attention.q_proj.weight, gain=CLOSENESS_GAIN)
+        attention.k_proj.load_state_dict(attention.q_proj.state_dict())
+    return model
+
+
+def train_step(
+    model: Sam2ImageModel, head: NameHead, optimizer: torch.optim.Optimizer, items: list[Example], rng: Rng
+) -> Floats:
+    """Name loss, box loss and IoU, click loss and IoU of one step; all share the trunk's cost on the same images."""
+    items = [mirrored(item) if rng.random() < 0.5 else item for item in items]
     size = model.config.image_size
     features = model.encode(preprocess([item.rgb_HW3 for item in items], size))
     box_loss, box_iou = loss_of(model, features, draw_prompts(items, boxes=True, size=size, rng=rng))
     click_loss, click_iou = loss_of(model, features, draw_prompts(items, boxes=False, size=size, rng=rng))
+    name_loss = head.loss(features, items)
     optimizer.zero_grad()
-    torch.autograd.backward(box_loss + click_loss)
+    torch.autograd.backward(box_loss + click_loss + name_loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
-    return f"box loss {box_loss:.3f} IoU {box_iou:.3f}, click loss {click_loss:.3f} IoU {click_iou:.3f}"
+    return np.array([name_loss.item(), box_loss.item(), box_iou, click_loss.item(), click_iou])
 
 
 def _save(model: Sam2ImageModel, out: Path) -> None:
     size = model.config.image_size
-    model.set_image_size(Sam2ImageConfig().image_size)
+    model.set_image_size(FULL_SIZE)
     model.save_pretrained(out, torch.float16)
     model.set_image_size(size)
 
 
-def iou(a_HW: npt.NDArray[np.bool_], b_HW: npt.NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks of which one at least is not empty."""
-    return float((a_HW & b_HW).sum() / (a_HW | b_HW).sum())
-
-
-def score(teacher: MaskTeacher, counts: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """Mean IoU over the objects of the first so many held-out rooms, for each count: teacher and blind baselines."""
-    rows: dict[str, list[float]] = {}
-    room_of: list[int] = []
-    for index in range(max(counts)):
-        item = example(HELD_OUT_SEED, index, HELD_OUT_SIZE)
-        rng = np.random.default_rng((HELD_OUT_SEED, index))
-        boxes = [box_of(mask_HW) for mask_HW in item.masks]
-        clicks = [click_on(mask_HW, rng) for mask_HW in item.masks]
-        drawn = teacher(item.rgb_HW3, boxes, clicks)
-        room_of += [index] * len(boxes)
-        for i, mask_HW in enumerate(item.masks):
-            guesses = {"box": drawn[i].mask_HW, "click": drawn[len(boxes) + i].mask_HW} | _blind(boxes[i], clicks[i])
-            for name, guess_HW in guesses.items():
-                rows.setdefault(name, []).append(iou(guess_HW, mask_HW))
-    arrays = {name: np.array(values) for name, values in rows.items()}
-    rooms = np.array(room_of)
-    return {str(n): _summary({name: v[rooms < n] for name, v in arrays.items()}, rooms[rooms < n]) for n in counts}
-
-
-def _summary(rows: dict[str, Floats], rooms: npt.NDArray[np.int64]) -> dict[str, Any]:
-    best_disc = max((name for name in rows if name.startswith("disc")), key=lambda name: float(rows[name].mean()))
-    return {
-        "box_prompt": _beside(rows["box"], {"filled box": rows["filled box"]}, rooms),
-        "point_prompt": _beside(rows["click"], {k: rows[k] for k in (best_disc, "whole image")}, rooms),
-    }
-
-
-def _blind(box: tuple[float, ...], click: tuple[float, float]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Masks that need no look at the image."""
-    y_HW, x_HW = np.mgrid[:HELD_OUT_SIZE, :HELD_OUT_SIZE]
-    x0, y0, x1, y1 = box
-    squared_HW = (x_HW - click[0]) ** 2 + (y_HW - click[1]) ** 2
-    discs = {f"disc {radius}": squared_HW <= (radius * HELD_OUT_SIZE) ** 2 for radius in DISC_RADII}
-    filled_HW = (x_HW >= x0) & (x_HW < x1) & (y_HW >= y0) & (y_HW < y1)
-    return discs | {"filled box": filled_HW, "whole image": np.ones_like(filled_HW)}
-
-
-def _beside(ours: Floats, blind: dict[str, Floats], rooms: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """The mean, its blind baselines, and the paired 95 % interval of the gain over the best of them, over rooms."""
-    baselines = {name: round(float(values.mean()), 4) for name, values in blind.items()}
-    gain = ours - blind[max(baselines, key=lambda name: baselines[name])]
-    per_room = np.array([gain[rooms == room].mean() for room in np.unique(rooms)])
-    half = 1.96 * per_room.std(ddof=1) / math.sqrt(len(per_room))
-    return {
-        "miou": round(float(ours.mean()), 4),
-        "objects": len(ours),
-        "blind": baselines,
-        "gain_per_room_95": [round(float(per_room.mean() - half), 4), round(float(per_room.mean() + half), 4)],
-    }
-
-
-def write_card(out: Path, training: dict[str, Any]) -> None:
-    """Scores the folder on held-out rooms and writes card.json and README.md."""
-    card: dict[str, Any] = {"name": "segmenter of the rooms", "license": LICENCE, "training": training}
-    teacher = MaskTeacher.from_pretrained(out)
-    card["digest"] = teacher.digest
-    card["held_out"] = {"seed": HELD_OUT_SEED, "size": HELD_OUT_SIZE, "min_object_share": MIN_OBJECT_SHARE}
-    card["scores"] = score(teacher, HELD_OUT_ROOMS)
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    (out / "README.md").write_text(_readme(card))
-
-
-def _readme(card: dict[str, Any]) -> str:
-    training, scores = card["training"], card["scores"][str(max(HELD_OUT_ROOMS))]
-    rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {row['miou']:.3f} | "
-        + ", ".join(f"{blind} {value:.3f}" for blind, value in row["blind"].items())
-        + f" | {row['gain_per_room_95'][0]:+.3f} to {row['gain_per_room_95'][1]:+.3f} |"
-        for name, row in scores.items()
-    )
-    return f"""---
-license: {card["license"]}
----
-
-# Segmenter of the rooms
-
-A small SAM2 image model (package `sam2`: Hiera trunk of 32 channels, 256 x 256 input, no memory modules), trained
-from scratch on rendered rooms with box and single-click prompts. It stands where a full-size run has SAM2. It knows
-rooms and nothing else; its single-mask token (`multimask=False`) is untrained.
-
-Licence: Apache-2.0. Made by `python -m workflows.zoo.segmenter` in {training["seconds"]} seconds of one
-processor: {training["steps"]} steps on {training["rooms"]} rooms of seed {training["seed"]}.
-
-Held out: {max(HELD_OUT_ROOMS)} rooms of seed {HELD_OUT_SEED} at {HELD_OUT_SIZE} pixels, every object that shows at
-least {MIN_OBJECT_SHARE:.2%} of the image. Mean IoU over objects, and the paired 95 % interval over rooms of the gain on
-the best blind baseline (the disc: best of {len(DISC_RADII)} radii, in shares of the side, chosen on these very rooms).
-
-| prompt | mean IoU | blind | gain |
-|---|---|---|---|
-{rows}
-"""
-
-
 def main() -> None:
-    """Trains and scores, or only scores."""
+    """Trains and scores, goes on training, or only scores."""
     parser = argparse.ArgumentParser(description="Train the shipped segmenter.")
     parser.add_argument("--minutes", type=float, default=20.0, help="of processor time, on one thread")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--score", action="store_true", help="score the folder again, without training")
+    parser.add_argument("--more", action="store_true", help="go on from the model in --out")
+    parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    if options.score:
-        training = json.loads((options.out / "card.json").read_text())["training"]
-    else:
-        training = train(options.out, options.minutes)
+    known = options.more or options.score
+    before = json.loads((options.out / "card.json").read_text())["training"] if known else None
+    training: dict[str, int] = before if options.score else train(options.out, options.minutes, before)
     write_card(options.out, training)
 
 
