@@ -101,10 +101,10 @@ def _weighted(logits_BNHW: Tensor, names_BHW: Tensor) -> Tensor:
     return F.cross_entropy(logits_BNHW, names_BHW, weights_N)
 
 
-def train(out: Path, minutes: float, before: dict[str, int] | None) -> dict[str, int]:
+def train(out: Path, minutes: float, before: dict[str, int]) -> dict[str, int]:
     """Trains for `minutes` of processor time, saving into `out` as it goes; returns what the card says of it.
 
-    before: what this returned when it trained the model in `out`, to go on from there; None to start anew.
+    before: what this returned when it trained the model in `out`, to go on from there; {} to start anew.
     """
     done = before or {"seed": TRAIN_SEED, "runs": 0, "steps": 0, "rooms": 0, "seconds": 0}
     torch.manual_seed(TRAIN_SEED + done["runs"])
@@ -198,9 +198,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     known = options.more or options.score
-    before = json.loads((options.out / "card.json").read_text())["training"] if known else None
-    training: dict[str, int] = before if options.score else train(options.out, options.minutes, before)
-    write_card(options.out, training)
+    before: dict[str, int] = json.loads((options.out / "card.json").read_text())["training"] if known else {}
+    write_card(options.out, before if options.score else train(options.out, options.minutes, before))
 
 
 if __name__ == "__main__":
