@@ -5,24 +5,17 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.manifest import Manifest
-from schemas.recipe import Recipe, load_recipe
-from schemas.tables import PREDICTIONS, REJECTS
+from schemas.recipe import Recipe
+from schemas.tables import PREDICTIONS
+from tests.tables import SCENES, fill, published, recipe_in
 from tests.tiny import tiny_model
-from workflows import assemble, depth, evaluate, ingest, tokenize_depth
-from workflows.commits import OtherInputsError, Root, Table, open_root
-from workflows.folders import publish
-from workflows.runtime import ShardWorker
-
-ROOMS = Path(evaluate.__file__).parent / "recipes" / "rooms.yaml"
-SCENES = 3
-KINDS = ["referring", "points", "count", "yes_no"]
+from workflows import evaluate
+from workflows.commits import OtherInputsError, Root, open_root
 
 
 @dataclass(frozen=True)
@@ -41,55 +34,6 @@ class World:
         table = pq.read_table(io.BytesIO(self.root.read("eval", self.name(), f"{key}.parquet") or b""))
         assert table.schema.equals(PREDICTIONS)
         return table.to_pylist()
-
-
-def recipe_in(folder: Path, parts: Path) -> Recipe:
-    def rooms(name: str, seed: int, held_out: bool) -> dict[str, Any]:
-        source = {"name": name, "format": "rooms", "count": SCENES, "size": 64, "seed": seed, "exact_masks": True}
-        return source | {"questions": KINDS, "held_out": held_out}
-
-    sources = [rooms("training", 1, False), rooms("heldout", 2, True)]
-    entry = {"source": "training", "weight": 1, "segmentation": True, "depth": True}
-    settings = {
-        "sources": sources,
-        "train.mixture": [entry],
-        "depth.teacher": "recorded",
-        "model.base": str(parts / "base"),
-        "model.sam2": str(parts / "sam2"),
-        "model.max_objects": 2,
-        "evaluate.bootstrap": 20,
-        "evaluate.batch_size": 4,
-        "evaluate.max_new_tokens": 3,
-        "evaluate.pool": {"min_actors": 1, "max_actors": 1},
-        "cluster.min_memory_gb": 1,
-        "max_reject_share": 1,
-    }
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return load_recipe(ROOMS, overrides=overrides, root=str(folder))
-
-
-def published(root: Root, local: Path, name: str, inputs: dict[str, str]) -> Manifest:
-    stage = "train" if name == "model" else "codebook"
-    return publish(root, local, name, stage=stage, attempt="test", recipe="test", code="test", inputs=inputs)
-
-
-def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
-    """The tables that an evaluation reads, by the stages' own workers, without an actor pool for each."""
-    here = recipe.root
-    workers: dict[str, ShardWorker] = {
-        "images": ingest.IngestWorker(recipe.model_dump_json()),
-        "depth": depth.RecordedWorker(here),
-        "codes": tokenize_depth.CodecWorker(here, batch_size=4, threads=1),
-        "samples": assemble.JoinWorker(here, with_masks=[]),
-    }
-    for name, worker in workers.items():
-        for source in recipe.sources:
-            made = worker.process(source.name, 0, json.dumps([0, SCENES]))
-            assert not made.rejects
-            table = Table(root, name, source.name)
-            commit = table.commit(0, "test", made.table, REJECTS.empty_table(), made.read)
-            inputs = {"codebook": codebook.digest}
-            table.finish({0: commit}, attempt="test", recipe="test", code="test", inputs=inputs)
 
 
 @pytest.fixture(scope="module")

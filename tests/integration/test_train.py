@@ -1,0 +1,149 @@
+"""Training on real Ray Train and DeepSpeed, two workers: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from perceptio.generate import Perceiver, Request
+from perceptio.train.step import TERMS
+from schemas.recipe import Recipe
+from tests.tables import fill, published, recipe_in
+from tests.tiny import tiny_parts
+from workflows import train
+from workflows.commits import StageError, Table, open_root
+from workflows.train_log import read_metrics
+
+STEPS, EVERY = 12, 3
+
+
+@dataclass(frozen=True)
+class Parts:
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_parts(folder)
+    return Parts(folder)
+
+
+def prepared(folder: Path, parts: Parts, **more: Any) -> Recipe:
+    """A recipe whose tables and codebook stand, ready to train on."""
+    sizes = {"train__steps": STEPS, "train__checkpoint_every": EVERY, "train__global_batch": 8}
+    sizes |= {"train__micro_batch": 2, "model__max_length": 512, "train__max_failures": 1}
+    recipe = recipe_in(folder, parts.folder, **{**sizes, **more})
+    root = open_root(recipe.root)
+    fill(recipe, root, published(root, parts.folder / "codebook", "codebook", {}))
+    return recipe
+
+
+def lines_of(recipe: Recipe) -> list[dict[str, Any]]:
+    root = open_root(recipe.root)
+    runs = [path.name for path in Path(root.at("runs")).iterdir()] if Path(root.at("runs")).exists() else []
+    return read_metrics(root, runs[0]) if runs else []
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, parts: Parts) -> Recipe:
+    recipe = prepared(tmp_path_factory.mktemp("trained"), parts)
+    train.run(recipe)
+    return recipe
+
+
+def test_every_term_is_logged_by_source(trained: Recipe) -> None:
+    lines = lines_of(trained)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert set(lines[0]["terms"]) == set(TERMS)
+    assert set(lines[0]["by_source"]) == {"training"}
+    assert np.mean([line["loss"] for line in lines[-3:]]) < lines[0]["loss"]
+
+
+def test_the_model_folder_answers_and_differs_from_its_start(trained: Recipe, parts: Parts) -> None:
+    root = open_root(trained.root)
+    manifest = root.manifest("model")
+    assert manifest is not None
+    names = {entry.path for entry in manifest.files}
+    assert {"config.json", "model.safetensors", "perceptio.json", "codebook/model.safetensors"} <= names
+    assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))]
+    blank = Request(np.zeros((64, 64, 3), np.uint8), "Please segment the lamp.", "on", "on")
+    perceiver = Perceiver.from_pretrained(root.at("model"))
+    assert perceiver.perceive([blank], max_new_tokens=3)[0].reply.well_formed
+    made_with = json.loads((Path(root.at("model")) / "perceptio.json").read_text())
+    assert made_with["codebook_digest"] == perceiver.codec.digest
+
+
+def test_a_finished_run_is_left_alone(trained: Recipe) -> None:
+    before = open_root(trained.root).manifest("model")
+    began = time.monotonic()
+    train.run(trained)
+    assert open_root(trained.root).manifest("model") == before
+    assert time.monotonic() - began < 5
+
+
+def test_other_settings_are_refused(trained: Recipe) -> None:
+    other = trained.model_copy(update={"train": trained.train.model_copy(update={"learning_rate": 0.5})})
+    with pytest.raises(StageError, match=r"model was made from other inputs.*train"):
+        train.run(other)
+
+
+def test_codes_of_another_codebook_are_refused(tmp_path: Path, parts: Parts) -> None:
+    recipe = prepared(tmp_path / "root", parts)
+    tiny_parts(tmp_path / "other", seed=9)
+    root = open_root(recipe.root)
+    old = root.manifest("codebook")
+    new = published(root, tmp_path / "other" / "codebook", "codebook", {})
+    assert old is not None
+    with pytest.raises(StageError, match=f"{old.digest[:16]}.*{new.digest[:16]}"):
+        train.run(recipe)
+
+
+def test_a_killed_worker_costs_no_sample(tmp_path: Path, trained: Recipe, parts: Parts) -> None:
+    recipe = prepared(tmp_path / "root", parts)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not killed:
+            lines = lines_of(recipe)
+            step = lines[-1]["step"] if lines else 0
+            if EVERY < step < STEPS:
+                victim = next(iter(workers_of_train()), None)
+                if victim is not None:
+                    os.kill(victim, signal.SIGKILL)
+                    killed.append(step)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    train.run(recipe)
+    assert killed, "the fault came too late to hit live work"
+    assert EVERY < killed[0] < STEPS
+    assert [line["step"] for line in lines_of(recipe)] == list(range(1, STEPS + 1))
+    undisturbed = [line["loss"] for line in lines_of(trained)]
+    np.testing.assert_allclose([line["loss"] for line in lines_of(recipe)], undisturbed, rtol=1e-4)
+
+
+def workers_of_train() -> list[int]:
+    """Process ids of Ray Train's workers on this machine."""
+    names = [(p.pid, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
+    return [pid for pid, name in names if "RayTrainWorker" in name]
+
+
+def test_depth_tables_are_named_where_one_is_missing(tmp_path: Path, parts: Parts) -> None:
+    recipe = recipe_in(tmp_path / "root", parts.folder)
+    root = open_root(recipe.root)
+    published(root, parts.folder / "codebook", "codebook", {})
+    with pytest.raises(StageError, match=r"samples/training.*run `assemble` first"):
+        train.run(recipe)
+    assert Table(root, "samples", "training").manifest() is None
