@@ -198,8 +198,14 @@ class TrainRecipe(Section):
     threads: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    learning_rate: Annotated[float, Field(gt=0)]
-    mask_learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the mask projector and decoder")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the language model and the vision tower")
+    embedding_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        description="of input embeddings and output head, where the spatial tokens start at the mean of the others"
+    )
+    projector_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        description="of the mask projector, which starts at random"
+    )
+    mask_learning_rate: Annotated[float, Field(gt=0)] = Field(description="of SAM2's mask decoder")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Weight
     clip: Annotated[float, Field(gt=0)] = 1.0

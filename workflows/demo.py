@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -102,10 +103,11 @@ def _held_out(recipe: Recipe, root: Root) -> Iterator[tuple[bytes, Row]]:
 def _summary(recipe: Recipe, root: Root, page: str, served: list[Row], seconds: float) -> Iterator[str]:
     """Five lines: what was made, how good it is, what to type next."""
     metrics = json.loads(root.read("report.json") or b"{}")["metrics"]
+    place = os.path.relpath(recipe.root)
     manifests = [Table(root, "samples", source.name).require() for source in recipe.sources]
     rows, answer = sum(manifest.kept for manifest in manifests), served[0]["reply"]
     yield (
-        f"Made     {rows} samples of rooms, a depth codebook and a model, in {recipe.root},"
+        f"Made     {rows} samples of rooms, a depth codebook and a model, in {place},"
         f" in {seconds // 60:.0f} min {seconds % 60:.0f} s"
     )
     figures = {
@@ -116,8 +118,8 @@ def _summary(recipe: Recipe, root: Root, page: str, served: list[Row], seconds: 
     shown = [f"{label} {_figure(metrics[name])}" for name, label in figures.items() if name in metrics]
     yield f"Quality  {'; '.join(shown)}"
     yield f"Served   {served[0]['question']!r} -> {answer['text']!r}, {len(answer['masks'])} masks, a depth map"
-    yield f"Report   {page}"
-    yield f"Next     perceptio serve --recipe {recipe.name} --root {recipe.root}"
+    yield f"Report   {os.path.relpath(page)}"
+    yield f"Next     perceptio serve --recipe {recipe.name} --root {place}"
 
 
 def _figure(metric: Row) -> str:

@@ -12,28 +12,37 @@ from transformers import get_cosine_schedule_with_warmup
 
 from schemas.recipe import TrainRecipe
 
-MASK_PREFIX = "segmenter."
+# Part of a parameter's name -> what the group is called and which rate of the recipe it has; the first match counts.
+GROUPS = (
+    ("segmenter.projector.", "projector", "projector_learning_rate"),
+    ("segmenter.", "masks", "mask_learning_rate"),
+    ("embed_tokens.", "embeddings", "embedding_learning_rate"),
+    ("lm_head.", "embeddings", "embedding_learning_rate"),
+    ("", "language", "learning_rate"),
+)
 
 
 def parameter_groups(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
-    """Trained parameters in up to four groups: language or mask parts, each with and without weight decay.
+    """Trained parameters by learning rate (GROUPS), each group with and without weight decay.
 
-    Vectors (norms, biases) are not decayed. Raises ValueError where nothing is trained.
+    Vectors (norms, biases) and embeddings are not decayed. Raises ValueError where nothing is trained.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((MASK_PREFIX in name, parameter.ndim > 1), []).append(parameter)
+            _, group, rate = next(known for known in GROUPS if known[0] in name)
+            decayed = parameter.ndim > 1 and group != "embeddings"
+            groups.setdefault((group, rate, decayed), []).append(parameter)
     if not groups:
         raise ValueError("model: no parameter requires a gradient; the recipe's model section freezes every part")
     return [
         {
             "params": parameters,
-            "lr": recipe.mask_learning_rate if masks else recipe.learning_rate,
+            "lr": getattr(recipe, rate),
             "weight_decay": recipe.weight_decay if decayed else 0.0,
-            "name": f"{'masks' if masks else 'language'}{'' if decayed else ', not decayed'}",
+            "name": f"{group}{'' if decayed else ', not decayed'}",
         }
-        for (masks, decayed), parameters in sorted(groups.items())
+        for (group, rate, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

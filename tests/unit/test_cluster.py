@@ -260,7 +260,7 @@ def test_comments_change_no_value(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("root=runs/here", "root 'runs/here' is no s3:// address"),
+        ("root=runs/here", "runs/here' is no s3:// address"),
         ("masks.teacher=weights/sam2", "masks.teacher 'weights/sam2' is not in /weights/"),
         ("name=" + "x" * 40, "at most 47"),
         ("name=Our_Run", "choose another name"),

@@ -172,5 +172,7 @@ def test_groups_hold_every_trained_parameter_once(parts: Any) -> None:
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates["masks"] == recipe.mask_learning_rate
+    assert rates["projector"] == recipe.projector_learning_rate
+    assert rates["embeddings, not decayed"] == recipe.embedding_learning_rate
     assert rates["language"] == recipe.learning_rate
     assert all(group["weight_decay"] == 0 for group in groups if "not decayed" in group["name"])
