@@ -132,6 +132,8 @@ def _work(config: dict[str, Any]) -> None:
         if steps is not None:
             steps.add(step, report, float(schedule.get_last_lr()[0]))
         if step % train.checkpoint_every == 0 or step == train.steps:
+            if steps is not None:
+                steps.write()  # a run that resumes here has every line up to here
             _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
     _publish(recipe, root, config, engine, model, processor, rank)
 
