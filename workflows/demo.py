@@ -8,7 +8,7 @@ Needs   2 cores, 12 GB of memory, a free port
 
 | seconds on 2 cores | ingest | depth | masks | codebook | tokenize | assemble | train | evaluate | serve | report |
 |--------------------|--------|-------|-------|----------|----------|----------|-------|----------|-------|--------|
-| budget, 720 in all |     60 |    45 |    20 |       60 |       25 |       20 |   300 |      120 |    40 |     30 |
+| budget, 720 in all |     60 |    30 |    15 |       45 |       15 |       10 |   420 |       85 |    30 |     10 |
 """
 
 from __future__ import annotations
