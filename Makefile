@@ -43,7 +43,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 proof: $(STAMP)
-	$(BIN)/python -m pytest -m proof
+	$(BIN)/python -m pytest -m proof --proofs-to docs/proof
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -41,16 +42,16 @@ def images(recipe: Recipe) -> Table:
     return Table(open_root(recipe.root), "images", "rooms")
 
 
-def wait_for_live_work(recipe: Recipe, seconds: float = 120) -> dict[int, ShardCommit]:
-    """The markers as soon as there are two; fails where the work was over before."""
+def wait_for_live_work(recipe: Recipe, seconds: float = 120, least: int = 2) -> dict[int, ShardCommit]:
+    """The markers as soon as there are `least`; fails where the work was over before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         commits = images(recipe).committed()
-        if len(commits) >= 2:
+        if len(commits) >= least:
             assert 0 < len(commits) < SHARDS, "the fault came too late to hit live work"
             return commits
         time.sleep(0.02)
-    raise AssertionError(f"no two shards committed within {seconds} s")
+    raise AssertionError(f"no {least} shards committed within {seconds} s")
 
 
 def start_driver(recipe: Recipe, address: str) -> subprocess.Popen[str]:
@@ -137,3 +138,24 @@ def test_of_two_drivers_at_once_the_loser_says_so_and_every_shard_is_done_once(
     assert driver.returncode == 0, output
     check(recipe, undisturbed, before)
     assert "another attempt committed" in caplog.text + output
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+def test_five_killed_drivers_in_a_row_lose_and_double_nothing(
+    tmp_path: Path, local_ray: str, undisturbed: Manifest, record: Callable[..., None]
+) -> None:
+    recipe = recipe_at(tmp_path)
+    before: dict[int, ShardCommit] = {}
+    committed = []
+    for _ in range(5):
+        driver = start_driver(recipe, local_ray)
+        now = wait_for_live_work(recipe, least=len(before) + 1)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert before.items() <= now.items(), "a shard was redone that was committed before"
+        before = now
+        committed.append(len(before))
+    ingest.run(recipe)
+    record(kills=5, shards=SHARDS, committed_at_each_kill=committed, digest=images(recipe).require().digest)
+    check(recipe, undisturbed, before)

@@ -7,8 +7,10 @@ import io
 import json
 import socket
 import struct
+import time
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +173,32 @@ def test_more_than_the_queue_holds_is_refused_at_once_with_when_to_try_again(ser
     refused = next(reply for reply in replies if reply.status_code == 503)
     assert int(refused.headers["retry-after"]) >= 1
     assert "wait already" in refused.json()["error"]
+    assert service.ask().status_code == 200
+
+
+@pytest.mark.proof
+def test_an_overload_of_a_minute_is_answered_or_refused_and_passes(
+    service: Service, record: Callable[..., None]
+) -> None:
+    statuses: Counter[int] = Counter()
+    end = time.monotonic() + 60
+
+    def keep_asking(_: int) -> list[int]:
+        found = []
+        while time.monotonic() < end:
+            found.append(service.ask(depth="on", max_new_tokens=4).status_code)
+        return found
+
+    with ThreadPoolExecutor(60) as pool:
+        for found in pool.map(keep_asking, range(60)):
+            statuses.update(found)
+    record(
+        clients=60,
+        answered=statuses[200],
+        refused=statuses[503],
+        other=statuses.total() - statuses[200] - statuses[503],
+    )
+    assert statuses.keys() == {200, 503}, "the overload must be one, and none may be lost"
     assert service.ask().status_code == 200
 
 

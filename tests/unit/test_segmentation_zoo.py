@@ -62,7 +62,7 @@ def test_the_teacher_draws_closer_than_the_filled_box_on_some_objects(teacher: M
 def test_prompts_and_targets_show_the_same_object_also_when_mirrored() -> None:
     item = example(101, 0, 128)
     for shown in (item, mirrored(item)):
-        batch = draw_prompts([shown], boxes=True, size=256, rng=np.random.default_rng(0))
+        batch = draw_prompts([shown], boxes=True, size=256, count=3, rng=np.random.default_rng(0))
         for (corner, far), target_HW in zip(batch.points_MP2, batch.target_MHW, strict=True):
             x0, y0, x1, y1 = (value / 4 for value in (*corner.tolist(), *far.tolist()))
             ys, xs = np.nonzero(target_HW.numpy())
