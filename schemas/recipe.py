@@ -1,20 +1,15 @@
 """The recipe: everything that a run depends on, as frozen pydantic models read from one YAML file.
 
-A recipe is read by `load_recipe`, which follows `extends`, applies `--set dotted.key=value`, and refuses unknown
-keys with the nearest known one. What changes results (seed, grid, codes, weights) has no default here.
+`schemas.recipe_file` reads it. What changes results (seed, grid, codes, weights) has no default here.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -194,7 +189,9 @@ class TrainRecipe(Section):
     global_batch: Positive
     micro_batch: Positive = Field(description="samples per forward on one worker")
     zero_stage: Literal[1, 2, 3]
-    bf16: bool
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = Field(
+        description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, matrix products in bf16"
+    )
     threads: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -324,98 +321,3 @@ def section_digest(section: BaseModel, *, exclude: set[str] | None = None) -> st
     """16 hex digits of a section's canonical JSON."""
     text = json.dumps(section.model_dump(mode="json", exclude=exclude), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def load_recipe(path: Path, *, overrides: Sequence[str] = (), root: str | None = None) -> Recipe:
-    """The recipe in `path`, with `extends` followed and overrides ("dotted.key=value", value in YAML) applied.
-
-    Raises RecipeError for a missing file, broken YAML, an unknown key or a wrong value.
-    """
-    values = _read(path, ())
-    for override in overrides:
-        _assign(values, override)
-    if root is not None:
-        values["root"] = root
-    if "root" in values and "://" not in str(values["root"]):
-        values["root"] = str(Path(values["root"]).resolve())  # workers have another working folder
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: " + "; ".join(_explain(error))) from error
-
-
-def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe file '{path}' does not exist: give a file, or one of the shipped names") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file '{path}' is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe file '{path}' holds {type(values).__name__}, expected a mapping of sections")
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    target = (path.parent / str(base)).resolve()
-    if target in parents:
-        raise RecipeError(f"{path}: 'extends' goes round in a circle through {target.name}")
-    return _merge(_read(target, (*parents, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _assign(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set '{override}' has no '=': write --set dotted.key=value")
-    *parents, last = key.split(".")
-    place: Any = values
-    for part in parents:
-        place = place[int(part)] if isinstance(place, list) and part.isdigit() else place.setdefault(part, {})
-        if not isinstance(place, dict | list):
-            raise RecipeError(f"--set {key}: '{part}' is a plain value, not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {key}: '{text}' is not YAML: {error}") from error
-    if isinstance(place, list):
-        place[int(last)] = value
-    else:
-        place[last] = value
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part not in ("rooms", "folder"))
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), sorted(_known_keys(Recipe)), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            yield f"unknown key '{where}'{hint}"
-        elif item["type"] == "missing":
-            yield f"'{where}' is missing: it has no default, set it"
-        else:
-            seen = "" if isinstance(item["input"], dict | list) else f" = {item['input']!r}"
-            yield f"'{where}'{seen}: {item['msg']}" if where else item["msg"]
-
-
-def _known_keys(model: type[BaseModel]) -> set[str]:
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        keys.add(name)
-        for part in _models_in(field.annotation):
-            keys |= _known_keys(part)
-    return keys
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if get_origin(annotation) in (Union, Annotated, tuple) or get_args(annotation):
-        for part in get_args(annotation):
-            yield from _models_in(part)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.manifest import Manifest
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from schemas.tables import REJECTS
 from workflows import assemble, depth, ingest, tokenize_depth
 from workflows.commits import Root, Table

@@ -18,7 +18,8 @@ from typing import Annotated
 
 import typer
 
-from schemas.recipe import Recipe, RecipeError, load_recipe
+from schemas.recipe import Recipe, RecipeError
+from schemas.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 QUIET = ("ray", "deepspeed", "DeepSpeed", "transformers", "httpx", "matplotlib", "PIL", "fsspec", "s3fs", "botocore")

@@ -26,16 +26,14 @@ import ray
 import ray.data
 from pydantic import BaseModel
 from ray.exceptions import RayError, RayTaskError
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from schemas.manifest import Licence, Manifest, ShardCommit
 from schemas.recipe import PoolRecipe, Recipe, section_digest
 from schemas.tables import REJECTS, Reason
 from workflows.commits import StageError, Table, open_root, require_same
+from workflows.progress import ShardProgress
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-LOG_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -196,7 +194,8 @@ def run_shards(
     if pending:
         start(recipe)
         by_source = {run.job.table.source: run for run in runs}
-        with _Progress(jobs[0].table.stage, runs) as progress:
+        total, done = sum(len(run.job.payloads) for run in runs), sum(len(run.commits) for run in runs)
+        with ShardProgress(jobs[0].table.stage, total, done) as progress:
             for source, commit, seconds in _work(
                 pending, jobs[0].table, worker, arguments, pool, attempt, row_group_rows
             ):
@@ -367,38 +366,3 @@ def _rejects_table(table: Table, shard: int, rejects: Sequence[Reject]) -> pa.Ta
         {**where, "id": r.id, "uri": r.uri, "reason": Reason(r.reason).value, "message": r.message} for r in rejects
     ]
     return pa.Table.from_pylist(rows, schema=REJECTS)
-
-
-class _Progress:
-    """A bar on a terminal, a log line now and then elsewhere: rows/s, rejects, time left."""
-
-    def __init__(self, stage: str, runs: Sequence[_Run]) -> None:
-        self.stage, self.rows, self.rejected = stage, 0, 0
-        self.total = sum(len(run.job.payloads) for run in runs)
-        self.done = self.first = sum(len(run.commits) for run in runs)
-        self.began = self.said = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        console = Console(stderr=True)
-        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-        self.live = console.is_terminal
-        self.task = self.bar.add_task(stage, total=self.total, completed=self.done, note="")
-
-    def __enter__(self) -> _Progress:
-        if self.live:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.live:
-            self.bar.stop()
-
-    def add(self, commit: ShardCommit) -> None:
-        self.done, self.rows, self.rejected = self.done + 1, self.rows + commit.read, self.rejected + commit.rejected
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        left = seconds / (self.done - self.first) * (self.total - self.done)
-        note = f"{self.rows / seconds:.1f} rows/s, {self.rejected} rejects"
-        self.bar.update(self.task, completed=self.done, note=note)
-        now = time.monotonic()
-        if not self.live and (now - self.said > LOG_EVERY_S or self.done == self.total):
-            self.said = now
-            log.info("%s: %d of %d shards, %s, %.0f s left", self.stage, self.done, self.total, note, left)

@@ -27,7 +27,8 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from perceptio.depth.codec import DepthCodec
 from perceptio.model import CODEBOOK_FOLDER
 from schemas.manifest import Manifest
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from workflows.commits import StageError, open_root
 from workflows.endpoint import RETRY_AFTER_S, Endpoint
 from workflows.folders import local_copy, require

@@ -60,7 +60,12 @@ def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation(recipe, world),
         "gradient_clipping": recipe.clip,
         "zero_optimization": {"stage": recipe.zero_stage, "overlap_comm": torch.cuda.is_available()},
-        "bf16": {"enabled": recipe.bf16},
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "torch_autocast": {
+            "enabled": recipe.precision == "bf16_autocast",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # of modules whose gradients may travel in bf16: none
+        },
         "zero_allow_untested_optimizer": True,  # torch's AdamW is what DeepSpeed itself uses on a CPU
         "steps_per_print": 2**31,  # the run has its own log
         "wall_clock_breakdown": False,

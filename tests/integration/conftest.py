@@ -13,7 +13,8 @@ import torch
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from workflows import depth, runtime
 from workflows.commits import open_root
 from workflows.folders import publish

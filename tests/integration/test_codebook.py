@@ -14,7 +14,8 @@ import ray
 from perceptio.data.images import encode_depth16
 from perceptio.depth.codec import DepthCodec
 from schemas.manifest import Manifest
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from schemas.tables import DEPTH, REJECTS
 from workflows import codebook
 from workflows.commits import OtherInputsError, StageError, Table, open_root

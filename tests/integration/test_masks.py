@@ -12,7 +12,8 @@ import torch
 
 from perceptio.data.masks import rle_to_mask
 from perceptio.segmentation.sam2_image import Sam2ImageConfig, Sam2ImageModel
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from schemas.tables import Reason
 from workflows import ingest, masks
 from workflows.commits import OtherInputsError, Table, open_root

@@ -23,7 +23,8 @@ from PIL import Image
 
 from perceptio.data.masks import rle_to_mask
 from schemas.manifest import Licence
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from tests.tiny import tiny_model
 from workflows import serve
 from workflows.commits import DamagedTableError, StageError, open_root

@@ -19,7 +19,8 @@ import yaml
 
 from cluster.render import APPLICATION, FENCED, STAGES, render, write
 from cluster.settings import NodeGroup, SecretNames, Settings, load_settings
-from schemas.recipe import Recipe, RecipeError, load_recipe
+from schemas.recipe import Recipe, RecipeError
+from schemas.recipe_file import load_recipe
 from workflows.cli import app
 
 ROOT = Path(__file__).parents[2]

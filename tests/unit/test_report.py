@@ -16,7 +16,8 @@ import pytest
 
 from perceptio.data.images import encode_depth16, encode_png
 from perceptio.data.masks import masks_to_rle
-from schemas.recipe import Recipe, load_recipe
+from schemas.recipe import Recipe
+from schemas.recipe_file import load_recipe
 from schemas.tables import DEPTH, IMAGES, PREDICTIONS, REJECTS, SAMPLES
 from tests.tiny import tiny_parts
 from workflows import charts, pictures, report

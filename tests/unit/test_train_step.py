@@ -21,7 +21,8 @@ from perceptio.segmentation.sam2_image import preprocess
 from perceptio.train.optim import parameter_groups
 from perceptio.train.step import TERMS, Objective, counts_by_source
 from perceptio.vlm.backbone import set_trainable
-from schemas.recipe import LossWeights, MixtureEntry, load_recipe
+from schemas.recipe import LossWeights, MixtureEntry
+from schemas.recipe_file import load_recipe
 from tests.tiny import tiny_parts
 
 WEIGHTS = LossWeights(

@@ -35,7 +35,9 @@ from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 
 TRAIN_SEED = 102
 SEED = 0
-LOOK_SHARE = 0.15  # of the time, spent on the vision tower alone
+LOOK_SHARE = 0.4  # of the time, spent on the vision tower alone
+LOOK_IMAGES = 16  # a step, while only looking
+TERMS = ("text", "kind", "color", "corner", "depth")
 LOOK_WEIGHT = 0.5  # of the cell loss once the whole model trains
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
@@ -43,43 +45,57 @@ REPORT_SECONDS, SAVE_SECONDS = 15, 120
 
 
 class CellHead(nn.Module):
-    """Reads what each image token shows as words and numbers of the text model; dropped after training.
+    """Reads what each patch and each image token shows; dropped after training.
 
-    Kind, colour and the box's four coordinates are told by likeness to the text model's own token embeddings, so that
-    image tokens and words come to share one space; inv_depth is a number.
+    Patches: kind, colour and inv_depth, by linear layers. Image tokens: kind, colour and the box's four coordinates by
+    likeness to the text model's own token embeddings, so that image tokens and words come to share one space.
     """
 
     def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
         super().__init__()
         self.words = model.get_input_embeddings()
         width = self.words.get_parameter("weight").shape[1]
+        patch_width = model.model.vision_tower.config.hidden_size
         self.read = nn.Linear(width, 6 * width)
         self.empty_2D = nn.Parameter(torch.zeros(2, width))
         self.inv_depth = nn.Linear(width, 1)
+        self.patch = nn.Linear(patch_width, 1 + len(KINDS) + 1 + len(COLORS) + 1)
         self.kind_ids, self.color_ids = (_word_ids(processor, [f" {w}" for w in words]) for words in (KINDS, COLORS))
         self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
 
     def own_parameters(self) -> list[nn.Parameter]:
         """What trains here and is not the model's."""
-        return [*self.read.parameters(), self.empty_2D, *self.inv_depth.parameters()]
+        return [*self.read.parameters(), self.empty_2D, *self.inv_depth.parameters(), *self.patch.parameters()]
 
-    def loss(self, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of kind, colour and coordinates, and the error in inv_depth."""
-        kind_BGD, color_BGD, *corner_4BGD = self.read(image_BGD).chunk(6, -1)
+    def loss(self, sight: Sight, batch: Batch) -> torch.Tensor:
+        """[4]: mean of patches and tokens of the cross-entropies of kind and colour, then of the tokens' corners, and
+        the error in inv_depth."""
+        kind_BGD, color_BGD, *corner_4BGD = self.read(sight.token_BGD).chunk(6, -1)
         kinds_KD = torch.cat([self.empty_2D[:1], self.words(self.kind_ids)])
         colors_CD = torch.cat([self.empty_2D[1:], self.words(self.color_ids)])
-        seen_BG = batch.kind_BG != EMPTY
+        seen_BG = batch.token_BG7[..., 0] != EMPTY
         last_pixel = torch.tensor([0, 0, 1, 1])
-        hundredths_S4 = (batch.place_BG5[..., :4][seen_BG] * SIDE - last_pixel).round().long() * 100 // SIDE
+        hundredths_S4 = (batch.token_BG7[..., 2:6][seen_BG] * SIDE - last_pixel).round().long() * 100 // SIDE
         corner_S4D = torch.stack([corner_BGD[seen_BG] for corner_BGD in corner_4BGD], 1)
         corner_S4N = (corner_S4D @ self.words(self.number_ids).T).float()
-        inv_depth_BG = self.inv_depth(image_BGD).float().squeeze(-1)
-        return (
-            F.cross_entropy((kind_BGD @ kinds_KD.T).float().flatten(0, 1), batch.kind_BG.flatten())
-            + F.cross_entropy((color_BGD @ colors_CD.T).float().flatten(0, 1), batch.color_BG.flatten())
-            + F.cross_entropy(corner_S4N.flatten(0, 1), hundredths_S4.flatten())
-            + 5 * F.smooth_l1_loss(inv_depth_BG, batch.place_BG5[..., 4], beta=0.05)
+        patch_kind, patch_color, patch_depth = self.patch(sight.patch_BPE).split([len(kinds_KD), len(colors_CD), 1], -1)
+        inv_depth_BG1 = self.inv_depth(sight.token_BGD)
+        return torch.stack(
+            [
+                _names(kind_BGD @ kinds_KD.T, batch.token_BG7[..., 0]) + _names(patch_kind, batch.patch_BP7[..., 0]),
+                _names(color_BGD @ colors_CD.T, batch.token_BG7[..., 1]) + _names(patch_color, batch.patch_BP7[..., 1]),
+                F.cross_entropy(corner_S4N.flatten(0, 1), hundredths_S4.flatten()),
+                5 * _error(inv_depth_BG1, batch.token_BG7) + 5 * _error(patch_depth, batch.patch_BP7),
+            ]
         )
+
+
+def _names(logits_BGK: torch.Tensor, target_BG: torch.Tensor) -> torch.Tensor:
+    return 0.5 * F.cross_entropy(logits_BGK.float().flatten(0, 1), target_BG.long().flatten())
+
+
+def _error(inv_depth_BG1: torch.Tensor, target_BG7: torch.Tensor) -> torch.Tensor:
+    return 0.5 * F.smooth_l1_loss(inv_depth_BG1.float(), target_BG7[..., 6:], beta=0.05)
 
 
 def _word_ids(processor: InternVLProcessor, words: list[str]) -> torch.Tensor:
@@ -110,10 +126,18 @@ class Clock:
         return min(self.passed / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * min(self.passed, 1.0)))
 
 
-def image_tokens(model: InternVLForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Projected image tokens [B, G, D] as the text model receives them."""
-    features: torch.Tensor = model.model.get_image_features(pixel_values=batch.pixel_B3HW).pooler_output
-    return features
+@dataclass(frozen=True)
+class Sight:
+    """What the model sees of a batch: projected image tokens as the text model gets them, and the patches' states."""
+
+    token_BGD: torch.Tensor
+    patch_BPE: torch.Tensor
+
+
+def see(model: InternVLForConditionalGeneration, batch: Batch) -> Sight:
+    """The vision tower and the projector on a batch."""
+    features = model.model.get_image_features(pixel_values=batch.pixel_B3HW)
+    return Sight(features.pooler_output, features.last_hidden_state[:, 1:])
 
 
 def answer_loss(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -154,15 +178,15 @@ def train(
     parameters = [p for group in groups for g in group.param_groups for p in g["params"]]
     packer = Packer(processor, rooms, np.random.default_rng(SEED))
     clock, step, reported, saved = Clock(seconds, time.process_time()), 0, 0.0, time.monotonic()
-    recent: list[tuple[float, float]] = []
+    recent: list[list[float]] = []
     while clock.passed < 1:
-        batch = packer.batch(packs)
+        whole = clock.passed > LOOK_SHARE
+        batch = packer.batch(packs) if whole else packer.looks(LOOK_IMAGES)
         with torch.autocast("cpu", torch.bfloat16):
-            image_BGD = image_tokens(model, batch)
-            look = head.loss(image_BGD, batch)
-            whole = clock.passed > LOOK_SHARE
-            text = answer_loss(model, image_BGD, batch) if whole else look.new_zeros(())
-        loss: torch.Tensor = text + LOOK_WEIGHT * look if whole else look
+            sight = see(model, batch)
+            look_4 = head.loss(sight, batch)
+            text = answer_loss(model, sight.token_BGD, batch) if whole else look_4.new_zeros(())
+        loss: torch.Tensor = text + LOOK_WEIGHT * look_4.sum() if whole else look_4.sum()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in groups:
@@ -171,10 +195,10 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        recent.append((text.item(), look.item()))
+        recent.append([text.item(), *look_4.tolist()])
         if time.monotonic() - reported > REPORT_SECONDS:
-            text_mean, look_mean = np.mean(recent, 0)
-            print(f"step {step} passed {clock.passed:.3f} text {text_mean:.4f} look {look_mean:.4f}", flush=True)
+            means = " ".join(f"{name} {value:.3f}" for name, value in zip(TERMS, np.mean(recent, 0), strict=True))
+            print(f"step {step} passed {clock.passed:.3f} {means}", flush=True)
             recent, reported = [], time.monotonic()
         if time.monotonic() - saved > SAVE_SECONDS:
             save(model, processor, out)
@@ -203,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25, help="of training, in processor time")
-    parser.add_argument("--rooms", type=int, default=8000, help="rooms to learn from")
+    parser.add_argument("--rooms", type=int, default=6000, help="rooms to learn from")
     parser.add_argument("--held-out", type=int, default=240, help=f"rooms of seed {HELD_OUT_SEED} to score on")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--packs", type=int, default=8, help="images a step")

@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCABULARY tokens, learnt from `texts`; every number from 0 to 99 is one token."""
+    """A byte-level BPE tokenizer of VOCABULARY tokens, learnt from `texts`; a number up to 99 is one token, 07 too."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    numbers = " ".join(str(n) for n in range(100))
+    numbers = " ".join([*(str(n) for n in range(100)), *(f"0{n}" for n in range(10))])
     backend.train_from_iterator([*texts, *[numbers] * 1000], trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,

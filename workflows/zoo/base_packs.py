@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from transformers import InternVLProcessor
 
-from workflows.zoo.base_rooms import TaughtRoom, Turn
+from workflows.zoo.base_rooms import TaughtRoom, Turn, mirrored
 
 LENGTH = 320  # most tokens of a pack
-BOX_SHARE = 0.55  # chance that the next turn is a box question
+BOX_SHARE = 0.45  # chance that the next turn is a box question
 POINTS_SHARE = 0.35  # chance that a pack shows the points drawn in and opens with their question
 IGNORED = -100
 
@@ -29,9 +29,8 @@ class Batch:
     ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     pixel_B3HW: torch.Tensor
-    kind_BG: torch.Tensor
-    color_BG: torch.Tensor
-    place_BG5: torch.Tensor
+    token_BG7: torch.Tensor  # what each image token shows, and each patch; see base_rooms
+    patch_BP7: torch.Tensor
 
 
 class Packer:
@@ -55,10 +54,20 @@ class Packer:
             torch.tensor(ids),
             torch.tensor(labels),
             pixels([image for image, _, _ in drawn], self.processor),
-            torch.from_numpy(np.stack([room.kind_G for room in rooms])),
-            torch.from_numpy(np.stack([room.color_G for room in rooms])),
-            torch.from_numpy(np.stack([room.place_G5 for room in rooms])),
+            torch.from_numpy(np.stack([room.token_G7 for room in rooms])),
+            torch.from_numpy(np.stack([room.patch_P7 for room in rooms])),
         )
+
+    def looks(self, count: int) -> Batch:
+        """The next `count` images without questions, half of them mirrored."""
+        rooms = [self._next_room() for _ in range(count)]
+        images = [np.asarray(Image.open(io.BytesIO(room.image)).convert("RGB")) for room in rooms]
+        cells = [(room.token_G7, room.patch_P7) for room in rooms]
+        for i in np.flatnonzero(self.rng.random(count) < 0.5):
+            images[i], cells[i] = images[i][:, ::-1], (mirrored(cells[i][0]), mirrored(cells[i][1]))
+        token_BG7, patch_BP7 = (torch.from_numpy(np.stack(grids)) for grids in zip(*cells, strict=True))
+        none = torch.zeros(count, 0).long()
+        return Batch(none, none, pixels(images, self.processor), token_BG7, patch_BP7)
 
     def _next_room(self) -> TaughtRoom:
         if not self.order:

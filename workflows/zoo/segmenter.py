@@ -2,7 +2,7 @@
 
     python -m workflows.zoo.segmenter --minutes 20 --out perceptio/rooms/zoo/segmenter
 
-Reads nothing: rooms of the training seed are rendered while it trains. Writes config.json, model.safetensors (fp16),
+Reads nothing: rooms of the training seed are rendered first. Writes config.json, model.safetensors (fp16),
 card.json and README.md with held-out quality beside blind baselines. `--score` only scores the folder again.
 
 Shape legend: B images, M prompts, K = 3 candidate masks, S input size, H, W mask or image size, P points, D = B rooms.
@@ -23,13 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceptio.rooms.furniture import COLORS, KINDS
-from perceptio.segmentation.sam2_image import (
-    Sam2Features,
-    Sam2ImageConfig,
-    Sam2ImageModel,
-    preprocess,
-)
-from workflows.zoo.segmenter_rooms import Batch, Example, Floats, Rng, draw_prompts, example, mirrored
+from perceptio.segmentation.sam2_image import PROMPT_DIM, Sam2Features, Sam2ImageConfig, Sam2ImageModel, preprocess
+from workflows.zoo.segmenter_rooms import Batch, Example, Floats, Rng, draw_names, draw_prompts, mirrored, rooms_of
 from workflows.zoo.segmenter_score import write_card
 
 log = logging.getLogger(__name__)
@@ -37,10 +32,10 @@ log = logging.getLogger(__name__)
 TRAIN_SEED = 101  # recipes render with seeds 1 to 20, the card is scored on 900
 TRAIN_SIZES = (128, 160)  # pixels; both are resized to the model's input
 FULL_SIZE = Sam2ImageConfig().image_size
-COARSE_SIZE, COARSE_SHARE = 128, 0.5  # the first half of the time at a quarter of the cost: no weight knows the size
-FIRST_ROOMS, STEPS_PER_ROOM = 64, 2  # each room is seen about eight times, half of them mirrored
+COARSE_SIZE, COARSE_SHARE = 128, 0.6  # most of the time at a quarter of the cost: no weight knows the size
+PROMPTS, COARSE_PROMPTS = 2, 3  # of each sort, an image
 IMAGES_PER_STEP = 4
-PEAK_RATE, BETAS, WEIGHT_DECAY, WARM_UP, CLIP = 1e-3, (0.9, 0.95), 0.02, 0.03, 1.0
+PEAK_RATE, BETAS, WEIGHT_DECAY, WARM_UP, CLIP = 1.5e-3, (0.9, 0.95), 0.02, 0.03, 1.0
 MORE_RATE = 6e-4  # peak of a run that goes on from a trained model
 CLOSENESS_GAIN = 1.5
 POSITION_STD = 0.7  # of the trunk's position embedding at the start, about that of what the patches carry
@@ -51,12 +46,15 @@ NAMES = 2 + len(KINDS) + len(COLORS)
 AROUND_WEIGHT = 0.2  # of walls and floor among the names
 
 
-def loss_of(model: Sam2ImageModel, features: Sam2Features, batch: Batch) -> tuple[Tensor, float]:
+def loss_of(model: Sam2ImageModel, head: NameHead, features: Sam2Features, batch: Batch) -> tuple[Tensor, float]:
     """The loss of a batch and the mean IoU of the candidates that the model itself would keep.
 
     Mask loss of the best of three candidates, and the IoU head against the true IoU of all three (lineage: SAM2).
     """
-    sparse_MTC = model.embed_points(batch.points_MP2, batch.labels_MP)
+    if len(batch.names_M2):
+        sparse_MTC = head.prompt(model, batch.names_M2)
+    else:
+        sparse_MTC = model.embed_points(batch.points_MP2, batch.labels_MP)
     logits_MKHW, predicted_MK = model.decode_all(features, batch.image_index_M, sparse_MTC)
     target_MKHW = batch.target_MHW[:, None].expand_as(logits_MKHW)
     bce_MK = F.binary_cross_entropy_with_logits(logits_MKHW, target_MKHW, reduction="none").mean((2, 3))
@@ -75,12 +73,20 @@ def loss_of(model: Sam2ImageModel, features: Sam2Features, batch: Batch) -> tupl
 class NameHead(nn.Module):
     """Kind and colour of every cell from SAM2's features: a guide of the trunk while it trains, then thrown away.
 
-    A prompt teaches the trunk one object at a time, names teach it every pixel of the image at once.
+    A prompt teaches the trunk one object at a time, names teach it every pixel of the image at once. A name is also a
+    prompt in itself, so that the decoder learns to follow content as well as places: later a [SEG] state tells it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.s1, self.s0 = (nn.Conv2d(width, NAMES, 1) for width in (256, 64, 32))
+        self.kinds, self.colors = nn.Embedding(1 + len(KINDS), PROMPT_DIM), nn.Embedding(1 + len(COLORS), PROMPT_DIM)
+
+    def prompt(self, model: Sam2ImageModel, names_M2: Tensor) -> Tensor:
+        """Sparse tokens [M, 3, 256] of names: two "not a point" tokens and the name, as a [SEG] state will come."""
+        empty_M2C = model.sam_prompt_encoder.not_a_point_embed.weight.expand(len(names_M2), 2, -1)
+        name_MC = self.kinds(names_M2[:, 0]) + self.colors(names_M2[:, 1])
+        return torch.cat([empty_M2C, name_MC[:, None]], 1)
 
     def loss(self, features: Sam2Features, items: list[Example]) -> Tensor:
         """Cross-entropy of kind and of colour, per cell of S/4, objects weighing more than what is around them."""
@@ -101,7 +107,7 @@ def _weighted(logits_BNHW: Tensor, names_BHW: Tensor) -> Tensor:
     return F.cross_entropy(logits_BNHW, names_BHW, weights_N)
 
 
-def train(out: Path, minutes: float, before: dict[str, int]) -> dict[str, int]:
+def train(out: Path, minutes: float, rooms: int, before: dict[str, int]) -> dict[str, int]:
     """Trains for `minutes` of processor time, saving into `out` as it goes; returns what the card says of it.
 
     before: what this returned when it trained the model in `out`, to go on from there; {} to start anew.
@@ -111,35 +117,44 @@ def train(out: Path, minutes: float, before: dict[str, int]) -> dict[str, int]:
     rng = np.random.default_rng((TRAIN_SEED, done["runs"]))
     model = Sam2ImageModel.from_pretrained(out).train() if before else _placed()
     head = NameHead()
-    weights = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizers = _optimizers(model, head)
     peak = MORE_RATE if before else PEAK_RATE
+    seen = rooms_of(TRAIN_SEED, rooms, TRAIN_SIZES)
     start = saved = time.process_time()
-    rooms: list[Example] = []
     recent: list[Floats] = []
-    rendered, step = done["rooms"], 0
+    order: list[int] = []
+    step = 0
     while (progress := (time.process_time() - start) / (60 * minutes)) < 1:
         model.set_image_size(COARSE_SIZE if not before and progress < COARSE_SHARE else FULL_SIZE)
-        for _ in range(FIRST_ROOMS if step == 0 else step % STEPS_PER_ROOM == 0):
-            room = example(TRAIN_SEED, rendered, TRAIN_SIZES[rendered % len(TRAIN_SIZES)])
-            rendered += 1
-            rooms += [room] if room.masks else []
-        picked = [rooms[i] for i in rng.integers(len(rooms), size=IMAGES_PER_STEP)]
-        for group in optimizer.param_groups:
+        if len(order) < IMAGES_PER_STEP:
+            order = rng.permutation(len(seen)).tolist()
+        picked = [seen[order.pop()] for _ in range(IMAGES_PER_STEP)]
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = peak * min(1.0, progress / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
-        recent.append(train_step(model, head, optimizer, picked, rng))
+        recent.append(train_step(model, head, optimizers, picked, rng))
         step += 1
         if step % LOG_STEPS == 0:
             means = np.mean(recent, axis=0).round(3).tolist()
-            log.info("step %d, %.0f %%, rooms %d: names, boxes, clicks: %s", step, 100 * progress, rendered, means)
+            log.info("step %d, %.0f %%: pixels; boxes, clicks, names and IoU: %s", step, 100 * progress, means)
             recent.clear()
         if time.process_time() - saved > SAVE_SECONDS:
             _save(model, out)
             saved = time.process_time()
     _save(model, out)
     seconds = done["seconds"] + round(time.process_time() - start)
-    total = {"runs": done["runs"] + 1, "steps": done["steps"] + step, "rooms": rendered, "seconds": seconds}
-    return done | total
+    return done | {"runs": done["runs"] + 1, "steps": done["steps"] + step, "rooms": rooms, "seconds": seconds}
+
+
+def _optimizers(model: Sam2ImageModel, head: NameHead) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of attention and MLPs, AdamW for all else; the rate is set at each step."""
+    inner = ("trunk.blocks.", "transformer.layers.")
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in inner)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in (*model.parameters(), *head.parameters()) if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True),
+    ]
 
 
 def _placed() -> Sam2ImageModel:
@@ -164,20 +179,23 @@ def _placed() -> Sam2ImageModel:
 
 
 def train_step(
-    model: Sam2ImageModel, head: NameHead, optimizer: torch.optim.Optimizer, items: list[Example], rng: Rng
+    model: Sam2ImageModel, head: NameHead, optimizers: list[torch.optim.Optimizer], items: list[Example], rng: Rng
 ) -> Floats:
-    """Name loss, box loss and IoU, click loss and IoU of one step; all share the trunk's cost on the same images."""
+    """Pixel loss, then loss and IoU of boxes, clicks and names; all share the trunk's cost on the same images."""
     items = [mirrored(item) if rng.random() < 0.5 else item for item in items]
     size = model.config.image_size
     features = model.encode(preprocess([item.rgb_HW3 for item in items], size))
-    box_loss, box_iou = loss_of(model, features, draw_prompts(items, boxes=True, size=size, rng=rng))
-    click_loss, click_iou = loss_of(model, features, draw_prompts(items, boxes=False, size=size, rng=rng))
-    name_loss = head.loss(features, items)
-    optimizer.zero_grad()
-    torch.autograd.backward(box_loss + click_loss + name_loss)
+    count = PROMPTS if size == FULL_SIZE else COARSE_PROMPTS
+    asked = [draw_prompts(items, boxes=boxes, size=size, count=count, rng=rng) for boxes in (True, False)]
+    asked.append(draw_names(items, size=size, count=count, rng=rng))
+    found = [loss_of(model, head, features, batch) for batch in asked]
+    pixel_loss = head.loss(features, items)
+    torch.autograd.backward(pixel_loss + sum(loss for loss, _ in found))
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-    return np.array([name_loss.item(), box_loss.item(), box_iou, click_loss.item(), click_iou])
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return np.array([pixel_loss.item(), *(value for loss, kept in found for value in (loss.item(), kept))])
 
 
 def _save(model: Sam2ImageModel, out: Path) -> None:
@@ -191,6 +209,7 @@ def main() -> None:
     """Trains and scores, goes on training, or only scores."""
     parser = argparse.ArgumentParser(description="Train the shipped segmenter.")
     parser.add_argument("--minutes", type=float, default=20.0, help="of processor time, on one thread")
+    parser.add_argument("--rooms", type=int, default=4000, help="rooms to learn from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--more", action="store_true", help="go on from the model in --out")
     parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
@@ -199,7 +218,7 @@ def main() -> None:
     torch.set_num_threads(1)
     known = options.more or options.score
     before: dict[str, int] = json.loads((options.out / "card.json").read_text())["training"] if known else {}
-    write_card(options.out, before if options.score else train(options.out, options.minutes, before))
+    write_card(options.out, before if options.score else train(options.out, options.minutes, options.rooms, before))
 
 
 if __name__ == "__main__":
