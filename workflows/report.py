@@ -162,7 +162,7 @@ def figure_groups(metrics: Mapping[str, Row]) -> dict[str, list[Figure]]:
 
 def figure(name: str, metric: Row) -> Figure:
     """One metric in words and as a drawing; better or worse only where the paired interval leaves out 0."""
-    base = name.split("_vs_")[0].removesuffix("_untrained")
+    base = name.split("_vs_")[0]
     number = base.endswith(ERRORS)
 
     def shown(value: float, sign: str = "") -> str:

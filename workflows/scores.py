@@ -166,7 +166,7 @@ def _referring(
     for name, figure in (("referring_ciou", _Overlaps.ciou), ("referring_giou", _Overlaps.giou)):
         best = max(guesses, key=lambda guess: figure(guesses[guess]).value)
         found.add(name, figure(own), figure(guesses[best]), f"{best}, the best blind mask", higher_is_better=True)
-    found.add("referring_ciou_untrained", own.ciou(), start.ciou(), "untrained start", higher_is_better=True)
+    found.add("referring_ciou_vs_untrained", own.ciou(), start.ciou(), "untrained start", higher_is_better=True)
 
 
 class _Overlaps:

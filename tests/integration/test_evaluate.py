@@ -58,7 +58,7 @@ def test_every_figure_has_its_interval_and_its_baseline(world: World) -> None:
         "code_accuracy",
         "referring_ciou",
         "referring_giou",
-        "referring_ciou_untrained",
+        "referring_ciou_vs_untrained",
         "closest_point_accuracy",
         "yes_no_accuracy",
         "well_formed_without_grammar",

@@ -57,7 +57,7 @@ def test_better_is_said_only_where_the_interval_leaves_out_zero(
 
 def test_errors_are_numbers_and_shares_are_per_cent() -> None:
     assert report.figure("generated_depth_mae_vs_other_image", metric(0.5, -0.1, 0.1)).value == "0.500"
-    assert report.figure("referring_ciou_untrained", metric(0.5, -0.1, 0.1)).value == "50.0 %"
+    assert report.figure("referring_ciou_vs_untrained", metric(0.5, -0.1, 0.1)).value == "50.0 %"
 
 
 def test_a_whisker_keeps_its_order_and_its_frame() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, InternVLProcessor
 
+import perceptio.rooms
 from workflows.zoo.base import corpus
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
 from workflows.zoo.base_packs import IGNORED, LENGTH, Packer, pixels
-from workflows.zoo.base_rooms import EMPTY, GRID, TaughtRoom, cached_rooms
-from workflows.zoo.base_score import iou, parse_box
+from workflows.zoo.base_rooms import DEPTH_GRID, EMPTY, GRID, PATCHES, TaughtRoom, cached_rooms, mirrored
+from workflows.zoo.base_score import first_figures, iou, parse_box
+
+SHIPPED = Path(perceptio.rooms.__file__).parent / "zoo" / "base"
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +37,8 @@ def processor(rooms: list[TaughtRoom], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_every_number_below_hundred_is_one_token(processor: InternVLProcessor) -> None:
-    for number in range(100):
-        assert len(processor.tokenizer(str(number)).input_ids) == 1
+    for number in [*map(str, range(100)), *(f"0{n}" for n in range(10))]:
+        assert len(processor.tokenizer(number).input_ids) == 1
     text = "[[0, 17, 99, 5]]"
     assert len(processor.tokenizer(text).input_ids) == 9
     assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
@@ -74,15 +81,42 @@ def test_model_takes_what_the_processor_gives(processor: InternVLProcessor) -> N
     assert sum(p.numel() for p in model.parameters()) < 4.5e6  # 9 MB in fp16
 
 
+def assert_in_place(cell_G7: npt.NDArray[np.float32], grid: int) -> None:
+    """Cells name kind and colour together, and each lies in the box of the object that it shows."""
+    seen_G = cell_G7[:, 0] != EMPTY
+    assert len(cell_G7) == grid * grid and seen_G.any()
+    assert ((cell_G7[:, 1] != EMPTY) == seen_G).all()
+    row_G, column_G = np.divmod(np.arange(grid * grid), grid)
+    x0, y0, x1, y1 = (cell_G7[seen_G, k] * grid for k in range(2, 6))
+    assert ((x0 < column_G[seen_G] + 1) & (x1 > column_G[seen_G])).all()
+    assert ((y0 < row_G[seen_G] + 1) & (y1 > row_G[seen_G])).all()
+
+
 def test_cells_name_objects_and_place_their_boxes(rooms: list[TaughtRoom]) -> None:
     for room in rooms:
-        seen_G = room.kind_G != EMPTY
-        assert seen_G.any()
-        assert ((room.color_G != EMPTY) == seen_G).all()
-        row_G, column_G = np.divmod(np.arange(GRID * GRID), GRID)
-        x0, y0, x1, y1 = (room.place_G5[seen_G, k] * GRID for k in range(4))
-        assert ((x0 < column_G[seen_G] + 1) & (x1 > column_G[seen_G])).all()
-        assert ((y0 < row_G[seen_G] + 1) & (y1 > row_G[seen_G])).all()
+        for cell_G7, grid in ((room.token_G7, GRID), (room.patch_P7, PATCHES)):
+            assert_in_place(cell_G7, grid)
+            assert_in_place(mirrored(cell_G7), grid)
+            assert not np.array_equal(mirrored(cell_G7), cell_G7)
+            np.testing.assert_allclose(mirrored(mirrored(cell_G7)), cell_G7, atol=1e-6)
+
+
+def test_the_depth_grid_is_two_digits_a_part_and_one_token_each(
+    rooms: list[TaughtRoom], processor: InternVLProcessor
+) -> None:
+    (answer,) = {answer for kind, _, answer in rooms[0].turns if kind == "grid"}
+    ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
+    assert len(ids) == DEPTH_GRID * DEPTH_GRID
+    levels = [int(processor.tokenizer.decode([token])) for token in ids]
+    near, far = np.reshape(levels, (DEPTH_GRID, DEPTH_GRID))[[-1, 0]]
+    assert near.mean() > far.mean(), "the floor at our feet is closer than the wall"
+
+
+def test_the_cards_figures_come_out_again_on_a_hundred_rooms() -> None:
+    card = json.loads((SHIPPED / "card.json").read_text())
+    found = first_figures(SHIPPED, 100)
+    assert found == pytest.approx(card["first_100"], abs=0.01), "render or questions changed? score again"
+    assert len(found) >= 7
 
 
 def test_boxes_are_compared_as_inclusive_cells() -> None:

@@ -1,10 +1,10 @@
 """Trains the small pretrained InternVL that room-scale runs start from, on rooms' questions without spatial tokens.
 
-    python -m workflows.zoo.base --minutes 25 --out perceptio/rooms/zoo/base
+    python -m workflows.zoo.base --out perceptio/rooms/zoo/base
 
 Reads nothing, needs one CPU thread and about 3 GB. Renders rooms of TRAIN_SEED into a cache, teaches the vision tower
-what each cell shows, then the whole model to answer: several questions about one image in one chat, loss on answers
-alone. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json` and `README.md`.
+what each cell shows, then, with that tower frozen, the text model to answer: several questions about one image in one
+chat, loss on answers alone. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json`, `README.md`.
 
 Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; D width of the text model;
 S cells that show an object; K kinds; C colours; N numbers.
@@ -13,10 +13,11 @@ S cells that show an object; K kinds; C colours; N numbers.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers import InternVLForConditionalGeneration, InternVLProcessor
 
 from perceptio.rooms.furniture import COLORS, KINDS
 from perceptio.rooms.questions import FORMS
+from perceptio.vlm.backbone import load_backbone
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
 from workflows.zoo.base_packs import Batch, Packer
 from workflows.zoo.base_rooms import EMPTY, SIDE, TaughtRoom, cached_rooms
@@ -35,10 +37,8 @@ from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 
 TRAIN_SEED = 102
 SEED = 0
-LOOK_SHARE = 0.4  # of the time, spent on the vision tower alone
-LOOK_IMAGES = 16  # a step, while only looking
-TERMS = ("text", "kind", "color", "corner", "depth")
-LOOK_WEIGHT = 0.5  # of the cell loss once the whole model trains
+LOOK_IMAGES = 16  # a step
+LOOKS = ("kind", "color", "corner", "depth")
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
 REPORT_SECONDS, SAVE_SECONDS = 15, 120
@@ -62,10 +62,6 @@ class CellHead(nn.Module):
         self.patch = nn.Linear(patch_width, 1 + len(KINDS) + 1 + len(COLORS) + 1)
         self.kind_ids, self.color_ids = (_word_ids(processor, [f" {w}" for w in words]) for words in (KINDS, COLORS))
         self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
-
-    def own_parameters(self) -> list[nn.Parameter]:
-        """What trains here and is not the model's."""
-        return [*self.read.parameters(), self.empty_2D, *self.inv_depth.parameters(), *self.patch.parameters()]
 
     def loss(self, sight: Sight, batch: Batch) -> torch.Tensor:
         """[4]: mean of patches and tokens of the cross-entropies of kind and colour, then of the tokens' corners, and
@@ -151,43 +147,65 @@ def answer_loss(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor
     return F.cross_entropy(logits, batch.labels_BT[:, 1:][taught_BT])
 
 
-def optimizers(model: nn.Module, head: CellHead, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings, norms, biases and the head."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and "layer" in name and "embed" not in name]
+def optimizers(parts: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, norms, biases and the rest, of what trains in `parts`."""
+    named = {id(p): (name, p) for part in parts for name, p in part.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in named.values() if p.ndim == 2 and "layer" in name and "embed" not in name]
     chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen] + head.own_parameters()
+    rest = [p for key, (_, p) in named.items() if key not in chosen]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
     ]
 
 
-def train(
-    model: InternVLForConditionalGeneration,
-    processor: InternVLProcessor,
-    rooms: list[TaughtRoom],
-    seconds: float,
-    rate: float,
-    packs: int,
-    out: Path,
+def learn_to_look(
+    model: InternVLForConditionalGeneration, processor: InternVLProcessor, packer: Packer, minutes: float, rate: float
 ) -> int:
-    """The number of steps done in `seconds`; trains `model` in place and saves it to `out` now and then."""
+    """The number of steps in which vision tower, projector and embeddings learnt what cells show; in place."""
     head = CellHead(model, processor)
-    groups = optimizers(model, head, rate)
+    parts = [model.model.vision_tower, model.model.multi_modal_projector, head]  # the head holds the embeddings too
+
+    def loss() -> tuple[torch.Tensor, list[float]]:
+        batch = packer.looks(LOOK_IMAGES)
+        terms_4 = head.loss(see(model, batch), batch)
+        return terms_4.sum(), terms_4.tolist()
+
+    return _repeat(loss, LOOKS, optimizers(parts, rate), minutes, rate, lambda: None)
+
+
+def learn_to_answer(
+    model: InternVLForConditionalGeneration, packer: Packer, minutes: float, rate: float, packs: int, out: Path
+) -> int:
+    """The number of steps in which text model and projector learnt to answer; in place, saved now and then."""
+    model.model.vision_tower.requires_grad_(False)
+
+    def loss() -> tuple[torch.Tensor, list[float]]:
+        batch = packer.batch(packs)
+        answers = answer_loss(model, see(model, batch).token_BGD, batch)
+        return answers, [answers.item()]
+
+    return _repeat(
+        loss, ("answers",), optimizers([model], rate), minutes, rate, lambda: save(model, packer.processor, out)
+    )
+
+
+def _repeat(
+    loss: Callable[[], tuple[torch.Tensor, list[float]]],
+    terms: tuple[str, ...],
+    groups: list[torch.optim.Optimizer],
+    minutes: float,
+    rate: float,
+    keep: Callable[[], None],
+) -> int:
+    """Optimizer steps for so many minutes of processor time; the number of them."""
     parameters = [p for group in groups for g in group.param_groups for p in g["params"]]
-    packer = Packer(processor, rooms, np.random.default_rng(SEED))
-    clock, step, reported, saved = Clock(seconds, time.process_time()), 0, 0.0, time.monotonic()
+    clock, step, reported, saved = Clock(minutes * 60, time.process_time()), 0, 0.0, time.monotonic()
     recent: list[list[float]] = []
     while clock.passed < 1:
-        whole = clock.passed > LOOK_SHARE
-        batch = packer.batch(packs) if whole else packer.looks(LOOK_IMAGES)
         with torch.autocast("cpu", torch.bfloat16):
-            sight = see(model, batch)
-            look_4 = head.loss(sight, batch)
-            text = answer_loss(model, sight.token_BGD, batch) if whole else look_4.new_zeros(())
-        loss: torch.Tensor = text + LOOK_WEIGHT * look_4.sum() if whole else look_4.sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+            value, found = loss()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in groups:
             for g in optimizer.param_groups:
@@ -195,15 +213,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        recent.append([text.item(), *look_4.tolist()])
+        recent.append(found)
         if time.monotonic() - reported > REPORT_SECONDS:
-            means = " ".join(f"{name} {value:.3f}" for name, value in zip(TERMS, np.mean(recent, 0), strict=True))
-            print(f"step {step} passed {clock.passed:.3f} {means}", flush=True)
+            means = " ".join(f"{name} {mean:.3f}" for name, mean in zip(terms, np.mean(recent, 0), strict=True))
+            print(f"step {step}, {clock.passed:.1%}: {means}", flush=True)
             recent, reported = [], time.monotonic()
         if time.monotonic() - saved > SAVE_SECONDS:
-            save(model, processor, out)
+            keep()
             saved = time.monotonic()
-    save(model, processor, out)
     return step
 
 
@@ -226,35 +243,38 @@ def corpus(rooms: list[TaughtRoom]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25, help="of training, in processor time")
+    parser.add_argument("--look-minutes", type=float, default=18, help="of learning to look, in processor time")
+    parser.add_argument("--minutes", type=float, default=30, help="of learning to answer, in processor time")
+    parser.add_argument("--more", action="store_true", help="go on from the model in --out: answers only")
+    parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
     parser.add_argument("--rooms", type=int, default=6000, help="rooms to learn from")
     parser.add_argument("--held-out", type=int, default=240, help=f"rooms of seed {HELD_OUT_SEED} to score on")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--packs", type=int, default=8, help="images a step")
+    parser.add_argument("--packs", type=int, default=8, help="images a step of learning to answer")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "perceptio-zoo-base")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    rooms = list(cached_rooms(args.cache, TRAIN_SEED, args.rooms))
-    processor = build_processor(train_tokenizer(corpus(rooms[:1000])))
-    model = build_model(processor.tokenizer).train()
-    started = time.monotonic()
-    steps = train(model, processor, rooms, args.minutes * 60, args.rate, args.packs, args.out)
-    seconds = time.monotonic() - started
-    run = {
-        "seed_of_run": SEED,
-        "train_seed": TRAIN_SEED,
-        "rooms": len(rooms),
-        "minutes": args.minutes,
-        "rate": args.rate,
-        "packs": args.packs,
-        "steps": steps,
-        "seconds": round(seconds),
-        "cpu_seconds": round(args.minutes * 60),
-        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-        "tokens": len(processor.tokenizer),
-    }
-    write_card(args.out, score(args.out, range(args.held_out)), run)
+    known = args.more or args.score
+    runs: list[dict[str, float]] = json.loads((args.out / "card.json").read_text())["runs"] if known else []
+    if not args.score:
+        torch.manual_seed(SEED + len(runs))
+        rooms = list(cached_rooms(args.cache, TRAIN_SEED, args.rooms))
+        if args.more:
+            model, processor = load_backbone(args.out, dtype=torch.float32)
+        else:
+            processor = build_processor(train_tokenizer(corpus(rooms[:1000])))
+            model = build_model(processor.tokenizer)
+        packer = Packer(processor, rooms, np.random.default_rng(SEED + len(runs)))
+        model.train()
+        run: dict[str, float] = {"rooms": len(rooms), "rate": args.rate, "look_minutes": 0, "looks": 0}
+        if not args.more:
+            run["look_minutes"] = args.look_minutes
+            run["looks"] = learn_to_look(model, processor, packer, args.look_minutes, args.rate) * LOOK_IMAGES
+        run["minutes"] = args.minutes
+        run["packs"] = learn_to_answer(model, packer, args.minutes, args.rate, args.packs, args.out) * args.packs
+        save(model, processor, args.out)
+        runs.append(run)
+    write_card(args.out, score(args.out, range(args.held_out)), runs)
 
 
 if __name__ == "__main__":

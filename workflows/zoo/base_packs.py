@@ -19,6 +19,7 @@ from workflows.zoo.base_rooms import TaughtRoom, Turn, mirrored
 LENGTH = 320  # most tokens of a pack
 BOX_SHARE = 0.45  # chance that the next turn is a box question
 POINTS_SHARE = 0.35  # chance that a pack shows the points drawn in and opens with their question
+GRID_SHARE = 0.3  # chance that a pack may ask for the depth grid, whose answer is longer than all others
 IGNORED = -100
 
 
@@ -95,7 +96,10 @@ class Packer:
     def _turns(self, room: TaughtRoom) -> list[Turn]:
         """All turns of a room, boxes and others mixed, in random order."""
         boxes = [room.boxes[i] for i in self.rng.permutation(len(room.boxes))]
-        others = [room.turns[i] for i in self.rng.permutation(len(room.turns))]
+        with_grid = self.rng.random() < GRID_SHARE
+        others = [
+            room.turns[i] for i in self.rng.permutation(len(room.turns)) if with_grid or room.turns[i][0] != "grid"
+        ]
         mixed = []
         while boxes or others:
             source = boxes if boxes and (not others or self.rng.random() < BOX_SHARE) else others
