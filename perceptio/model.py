@@ -121,17 +121,19 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         codebook: str | Path,
         *,
         max_objects: int,
+        seg_starts_as: str | None = None,
+        prompt_scale: float | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[PerceptioForConditionalGeneration, Any]:
         """An untrained Perceptio model and its processor, from an InternVL, a SAM2 image model and a codebook.
 
-        `base` is a folder or hub id in transformers' layout; the tokenizer and embeddings are extended here (new rows
-        at the mean of the old), the mask projector starts at random: seed torch before.
+        `base` is a folder or hub id in transformers' layout; the tokenizer and embeddings are extended here (see
+        `extend_vocabulary`), the mask projector starts at random: seed torch before.
         """
         backbone, processor = load_backbone(str(base), dtype=dtype)
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
-        vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes)
+        vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes, seg_starts_as=seg_starts_as)
         fields = backbone.config.to_dict() | {
             "sam2_config": segmenter.config.to_dict(),
             "codebook_digest": codec.digest,
@@ -152,6 +154,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         if lost or unexpected:
             raise ValueError(f"base '{base}': weights missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
         model.segmenter.sam2.load_state_dict(segmenter.state_dict())
+        if prompt_scale is not None:
+            model.segmenter.scale_prompts(prompt_scale)
         model.generation_config = backbone.generation_config
         model.attach_codec(codec)
         return model, processor

@@ -146,6 +146,12 @@ class ModelRecipe(Section):
     lora: LoraRecipe | None = None
     train_vision: bool
     train_projector: bool
+    seg_starts_as: str | None = Field(
+        description="a token of the base whose embedding [SEG] starts as; null: the mean of all (reconstruction)"
+    )
+    prompt_scale: Annotated[float, Field(gt=0)] | None = Field(
+        description="standard deviation of the mask projector's first prompts; null: torch's start, 0.24 (lineage)"
+    )
     max_objects: Positive = 5
     max_length: Positive
 

@@ -126,6 +126,8 @@ class Asker:
             runtime.weights(part.sam2, "segmenter"),
             local_copy(self.root, "codebook", stage="codebook"),
             max_objects=part.max_objects,
+            seg_starts_as=part.seg_starts_as,
+            prompt_scale=part.prompt_scale,
         )
         return Perceiver(model, processor)
 

@@ -86,7 +86,10 @@ class Job:
 
 
 def start(recipe: Recipe) -> None:
-    """Starts a local Ray, or joins the cluster that RAY_ADDRESS names. Raises NotEnoughError on too small a machine."""
+    """Starts a local Ray, or joins the cluster that RAY_ADDRESS names.
+
+    Raises NotEnoughError on too small a machine, StageError where no cluster answers.
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -96,7 +99,13 @@ def start(recipe: Recipe) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, paths)])
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
+        try:
+            ray.init(address="auto", **quiet)
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            raise StageError(
+                f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}): start one, or unset"
+                " RAY_ADDRESS to work on this machine alone"
+            ) from error
         return
     _check_machine(recipe)
     ray.init(

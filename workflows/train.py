@@ -146,6 +146,8 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
         runtime.weights(part.sam2, "segmenter"),
         local_copy(root, "codebook", stage="codebook"),
         max_objects=part.max_objects,
+        seg_starts_as=part.seg_starts_as,
+        prompt_scale=part.prompt_scale,
     )
     lora = part.lora
     if lora is not None and part.language == "lora":

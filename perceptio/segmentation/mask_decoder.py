@@ -6,6 +6,7 @@ square input size, H and W mask height and width = S/4, T sparse prompt tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,16 @@ class SegMaskDecoder(nn.Module):
         decoder.requires_grad_(True)
         decoder.iou_prediction_head.requires_grad_(False)
         decoder.pred_obj_score_head.requires_grad_(False)
+
+    @torch.no_grad()
+    def scale_prompts(self, std: float) -> None:
+        """Makes an untrained projector's prompts of hidden states of unit size have this standard deviation.
+
+        From torch's own start they are about 0.24, far below what a decoder takes for a prompt, and it soon learns to
+        draw nothing; as large as its prompts were in its own training, they lead somewhere at once (reconstruction).
+        """
+        # each layer's weights have variance 1 / (3 fan-in), and ReLU halves a second moment
+        self.projector.get_parameter("2.weight").mul_(std * math.sqrt(18))
 
     def encode(self, pixels_B3SS: Tensor) -> Sam2Features:
         """Features of B >= 1 preprocessed images; only the high-res convolutions on top get gradients."""

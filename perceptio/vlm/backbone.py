@@ -51,14 +51,24 @@ def load_backbone(
 
 
 def extend_vocabulary(
-    model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, codes: int, *, seed: int = 0
+    model: InternVLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    codes: int,
+    *,
+    seg_starts_as: str | None = None,
+    seed: int = 0,
 ) -> SpatialVocabulary:
     """The spatial ids, after tokenizer and embeddings were given rows for them, in place (reconstruction).
 
     New rows are the mean of the old ones plus small seeded noise, in the input embeddings and, where it is not tied to
-    them, in the output head; old rows stay as they are, and what is tied stays tied. A second call changes nothing.
-    Raises ValueError if the tokenizer was extended for another number of codes.
+    them, in the output head; old rows stay as they are, and what is tied stays tied. `[SEG]` starts as the row of the
+    one token `seg_starts_as` instead: behind the token that opens a box, the base knows already what is meant and where
+    it is. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of codes,
+    and where `seg_starts_as` is not one token.
     """
+    like = None if seg_starts_as is None else tokenizer.encode(seg_starts_as, add_special_tokens=False)
+    if like is not None and len(like) != 1:
+        raise ValueError(f"seg_starts_as: {seg_starts_as!r} is {len(like)} tokens of the base, expected one")
     known = len(tokenizer)
     vocabulary = extend_tokenizer(tokenizer, codes)
     rows = len(_vocabulary_weights(model)[0])
@@ -70,6 +80,9 @@ def extend_vocabulary(
     generator = torch.Generator().manual_seed(seed)
     for weight_VD in _vocabulary_weights(model):
         _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), generator)
+        if like is not None:
+            with torch.no_grad():
+                weight_VD[vocabulary.seg_id] = weight_VD[like[0]]
     return vocabulary
 
 

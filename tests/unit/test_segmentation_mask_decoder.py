@@ -37,6 +37,15 @@ def test_the_empty_prompt_is_what_sams_prompt_encoder_makes_of_no_point(decoder:
     assert torch.equal(nothing, prompt_encoder.not_a_point_embed.weight.expand(1, 2, -1))
 
 
+def test_the_first_prompts_are_as_large_as_asked(decoder: SegMaskDecoder) -> None:
+    torch.manual_seed(0)
+    wide = SegMaskDecoder(decoder.sam2, 256)
+    hidden_MD = torch.randn(400, 256)
+    assert wide.projector(hidden_MD).std().item() == pytest.approx(0.24, rel=0.1)
+    wide.scale_prompts(1.9)
+    assert wide.projector(hidden_MD).std().item() == pytest.approx(1.9, rel=0.1)
+
+
 def test_gradients_reach_every_trained_weight_and_no_frozen_one(decoder: SegMaskDecoder) -> None:
     hidden_MD = torch.randn(2, WIDTH, requires_grad=True)
     decoder(hidden_MD, decoder.encode(PIXELS_B3SS), torch.tensor([0, 1])).logits_MHW.square().mean().backward()

@@ -102,6 +102,19 @@ def test_new_rows_lie_near_the_mean_differ_and_are_seeded(rows: int, tied: bool)
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_seg_can_start_as_another_token_and_only_as_one(tied: bool) -> None:
+    model, words = build(tied=tied, rows=OLD), tokenizer()
+    word = next(iter(words.get_vocab()))
+    like = words.encode(word, add_special_tokens=False)
+    vocabulary = extend_vocabulary(model, words, CODES, seg_starts_as=word)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert torch.equal(table.weight[vocabulary.seg_id], table.weight[like[0]])
+        assert not torch.equal(table.weight[vocabulary.depth_start_id], table.weight[like[0]])
+    with pytest.raises(ValueError, match=r"seg_starts_as: '.*' is \d+ tokens"):
+        extend_vocabulary(build(tied=tied, rows=OLD), tokenizer(), CODES, seg_starts_as=f"{word} {word}")
+
+
 def test_second_extension_changes_nothing_and_another_size_is_refused() -> None:
     model, words = build(), tokenizer()
     first = extend_vocabulary(model, words, CODES)

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from transformers import InternVLProcessor
 
+from perceptio.rooms.questions import FORMS
 from workflows.zoo.base_rooms import TaughtRoom, Turn, mirrored
 
 LENGTH = 320  # most tokens of a pack
 BOX_SHARE = 0.45  # chance that the next turn is a box question
 POINTS_SHARE = 0.35  # chance that a pack shows the points drawn in and opens with their question
+FORM_SHARE, WHERE = 0.7, "Where is {}?"
 GRID_SHARE = 0.3  # chance that a pack may ask for the depth grid, whose answer is longer than all others
 IGNORED = -100
 
@@ -95,7 +97,7 @@ class Packer:
 
     def _turns(self, room: TaughtRoom) -> list[Turn]:
         """All turns of a room, boxes and others mixed, in random order."""
-        boxes = [room.boxes[i] for i in self.rng.permutation(len(room.boxes))]
+        boxes = [self._rephrased(room.boxes[i]) for i in self.rng.permutation(len(room.boxes))]
         with_grid = self.rng.random() < GRID_SHARE
         others = [
             room.turns[i] for i in self.rng.permutation(len(room.turns)) if with_grid or room.turns[i][0] != "grid"
@@ -105,6 +107,12 @@ class Packer:
             source = boxes if boxes and (not others or self.rng.random() < BOX_SHARE) else others
             mixed.append(source.pop())
         return mixed
+
+    def _rephrased(self, turn: Turn) -> Turn:
+        """A box question, most often in one of the forms in which a mask will be asked for later."""
+        kind, prompt, answer = turn
+        form = FORMS[self.rng.integers(len(FORMS))] if self.rng.random() < FORM_SHARE else WHERE
+        return kind, form.format(prompt.removeprefix("Where is ").removesuffix("?")), answer
 
     def _encode(self, text: str) -> list[int]:
         if text not in self.tokens:

@@ -44,6 +44,7 @@ SPREAD_WEIGHT = 0.1  # of the mean over the three candidates: min-loss alone lea
 SAVE_SECONDS, LOG_STEPS = 120.0, 50
 NAMES = 2 + len(KINDS) + len(COLORS)
 AROUND_WEIGHT = 0.2  # of walls and floor among the names
+LOOK_MOMENTUM = 0.05
 
 
 def loss_of(model: Sam2ImageModel, head: NameHead, features: Sam2Features, batch: Batch) -> tuple[Tensor, float]:
@@ -73,20 +74,44 @@ def loss_of(model: Sam2ImageModel, head: NameHead, features: Sam2Features, batch
 class NameHead(nn.Module):
     """Kind and colour of every cell from SAM2's features: a guide of the trunk while it trains, then thrown away.
 
-    A prompt teaches the trunk one object at a time, names teach it every pixel of the image at once. A name is also a
-    prompt in itself, so that the decoder learns to follow content as well as places: later a [SEG] state tells it.
+    A prompt teaches the trunk one object at a time, names teach it every pixel of the image at once. What a name looks
+    like, the mean of the image embedding over objects so named, is also a prompt in itself: the decoder learns to find
+    what resembles a vector, so that later a [SEG] state has a slope to follow towards the features of what it means.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.s1, self.s0 = (nn.Conv2d(width, NAMES, 1) for width in (256, 64, 32))
-        self.kinds, self.colors = nn.Embedding(1 + len(KINDS), PROMPT_DIM), nn.Embedding(1 + len(COLORS), PROMPT_DIM)
+        shape = (1 + len(KINDS), 1 + len(COLORS))
+        self.looks_KCE = torch.zeros(*shape, PROMPT_DIM)  # mean image embedding by kind and colour, 0 is any
+        self.known_KC = torch.zeros(shape, dtype=torch.bool)
+
+    @torch.no_grad()
+    def remember(self, features: Sam2Features, items: list[Example]) -> None:
+        """Moves the looks of kinds and colours towards what this batch shows."""
+        side = features.embedding_BCHW.shape[-1]
+        for embedding_EHW, item in zip(features.embedding_BCHW, items, strict=True):
+            for i in item.large:
+                mask_11HW = torch.from_numpy(item.instance_HW == i)[None, None].float()
+                share_HW = F.interpolate(mask_11HW, (side, side), mode="area")[0, 0]
+                look_E = (embedding_EHW * share_HW).sum((1, 2)) / share_HW.sum()
+                kind, color = item.names_O2[i].tolist()
+                for name in ((kind, color), (kind, 0), (0, color)):
+                    weight = LOOK_MOMENTUM if self.known_KC[name] else 1.0
+                    self.looks_KCE[name] += weight * (look_E - self.looks_KCE[name])
+                    self.known_KC[name] = True
 
     def prompt(self, model: Sam2ImageModel, names_M2: Tensor) -> Tensor:
-        """Sparse tokens [M, 3, 256] of names: two "not a point" tokens and the name, as a [SEG] state will come."""
-        empty_M2C = model.sam_prompt_encoder.not_a_point_embed.weight.expand(len(names_M2), 2, -1)
-        name_MC = self.kinds(names_M2[:, 0]) + self.colors(names_M2[:, 1])
-        return torch.cat([empty_M2C, name_MC[:, None]], 1)
+        """Sparse tokens [M, 3, 256] of names: two "not a point" tokens and a look, as a [SEG] state will come.
+
+        The look is blurred and scaled at random, so that the decoder knows the surroundings of looks as well.
+        """
+        empty_M2E = model.sam_prompt_encoder.not_a_point_embed.weight.expand(len(names_M2), 2, -1)
+        look_ME = self.looks_KCE[names_M2[:, 0], names_M2[:, 1]]
+        spread_M1 = look_ME.std(dim=1, keepdim=True)
+        look_ME = look_ME + torch.rand(len(look_ME), 1) * spread_M1 * torch.randn_like(look_ME)
+        look_ME = look_ME * torch.exp(0.4 * torch.randn(len(look_ME), 1))
+        return torch.cat([empty_M2E, look_ME[:, None]], 1)
 
     def loss(self, features: Sam2Features, items: list[Example]) -> Tensor:
         """Cross-entropy of kind and of colour, per cell of S/4, objects weighing more than what is around them."""
@@ -186,6 +211,7 @@ def train_step(
     size = model.config.image_size
     features = model.encode(preprocess([item.rgb_HW3 for item in items], size))
     count = PROMPTS if size == FULL_SIZE else COARSE_PROMPTS
+    head.remember(features, items)
     asked = [draw_prompts(items, boxes=boxes, size=size, count=count, rng=rng) for boxes in (True, False)]
     asked.append(draw_names(items, size=size, count=count, rng=rng))
     found = [loss_of(model, head, features, batch) for batch in asked]
