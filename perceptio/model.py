@@ -122,6 +122,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         *,
         max_objects: int,
         seg_starts_as: str | None = None,
+        codes_start_as: str | None = None,
         prompt_scale: float | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[PerceptioForConditionalGeneration, Any]:
@@ -133,7 +134,9 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         backbone, processor = load_backbone(str(base), dtype=dtype)
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
-        vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes, seg_starts_as=seg_starts_as)
+        vocabulary = extend_vocabulary(
+            backbone, processor.tokenizer, codec.codes, seg_starts_as=seg_starts_as, codes_start_as=codes_start_as
+        )
         fields = backbone.config.to_dict() | {
             "sam2_config": segmenter.config.to_dict(),
             "codebook_digest": codec.digest,

@@ -149,6 +149,7 @@ class ModelRecipe(Section):
     seg_starts_as: str | None = Field(
         description="a token of the base whose embedding [SEG] starts as; null: the mean of all (reconstruction)"
     )
+    codes_start_as: str | None = Field(description="the same for the depth codes")
     prompt_scale: Annotated[float, Field(gt=0)] | None = Field(
         description="standard deviation of the mask projector's first prompts; null: torch's start, 0.24 (lineage)"
     )

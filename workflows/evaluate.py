@@ -127,6 +127,7 @@ class Asker:
             local_copy(self.root, "codebook", stage="codebook"),
             max_objects=part.max_objects,
             seg_starts_as=part.seg_starts_as,
+            codes_start_as=part.codes_start_as,
             prompt_scale=part.prompt_scale,
         )
         return Perceiver(model, processor)

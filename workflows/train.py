@@ -147,6 +147,7 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
         local_copy(root, "codebook", stage="codebook"),
         max_objects=part.max_objects,
         seg_starts_as=part.seg_starts_as,
+        codes_start_as=part.codes_start_as,
         prompt_scale=part.prompt_scale,
     )
     lora = part.lora

@@ -56,19 +56,20 @@ def extend_vocabulary(
     codes: int,
     *,
     seg_starts_as: str | None = None,
+    codes_start_as: str | None = None,
     seed: int = 0,
 ) -> SpatialVocabulary:
     """The spatial ids, after tokenizer and embeddings were given rows for them, in place (reconstruction).
 
     New rows are the mean of the old ones plus small seeded noise, in the input embeddings and, where it is not tied to
-    them, in the output head; old rows stay as they are, and what is tied stays tied. `[SEG]` starts as the row of the
-    one token `seg_starts_as` instead: behind the token that opens a box, the base knows already what is meant and where
-    it is. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of codes,
-    and where `seg_starts_as` is not one token.
+    them, in the output head; old rows stay as they are, and what is tied stays tied. Instead of that mean, `[SEG]` may
+    start as the row of an old token, `seg_starts_as`, and all codes as another, `codes_start_as`: behind the token that
+    opens a box the base knows already what is meant and where it is; where it would write numbers it learns codes
+    sooner. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of codes,
+    and where either is not one token.
     """
-    like = None if seg_starts_as is None else tokenizer.encode(seg_starts_as, add_special_tokens=False)
-    if like is not None and len(like) != 1:
-        raise ValueError(f"seg_starts_as: {seg_starts_as!r} is {len(like)} tokens of the base, expected one")
+    seg_like = _one_token(tokenizer, "seg_starts_as", seg_starts_as)
+    code_like = _one_token(tokenizer, "codes_start_as", codes_start_as)
     known = len(tokenizer)
     vocabulary = extend_tokenizer(tokenizer, codes)
     rows = len(_vocabulary_weights(model)[0])
@@ -80,10 +81,21 @@ def extend_vocabulary(
     generator = torch.Generator().manual_seed(seed)
     for weight_VD in _vocabulary_weights(model):
         _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), generator)
-        if like is not None:
-            with torch.no_grad():
-                weight_VD[vocabulary.seg_id] = weight_VD[like[0]]
+        with torch.no_grad():
+            if seg_like is not None:
+                weight_VD[vocabulary.seg_id] = weight_VD[seg_like]
+            if code_like is not None:
+                weight_VD[list(vocabulary.code_ids)] += weight_VD[code_like] - weight_VD[:first].mean(0)
     return vocabulary
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, field: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"{field}: {text!r} is {len(ids)} tokens of the base, expected one")
+    return int(ids[0])
 
 
 def add_lora(

@@ -107,10 +107,14 @@ def test_seg_can_start_as_another_token_and_only_as_one(tied: bool) -> None:
     model, words = build(tied=tied, rows=OLD), tokenizer()
     word = next(iter(words.get_vocab()))
     like = words.encode(word, add_special_tokens=False)
-    vocabulary = extend_vocabulary(model, words, CODES, seg_starts_as=word)
+    vocabulary = extend_vocabulary(model, words, CODES, seg_starts_as=word, codes_start_as=word)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert torch.equal(table.weight[vocabulary.seg_id], table.weight[like[0]])
         assert not torch.equal(table.weight[vocabulary.depth_start_id], table.weight[like[0]])
+        codes = table.weight[list(vocabulary.code_ids)]
+        assert (codes - table.weight[like[0]]).abs().max() < table.weight[:OLD].std() and len(
+            codes.unique(dim=0)
+        ) == CODES
     with pytest.raises(ValueError, match=r"seg_starts_as: '.*' is \d+ tokens"):
         extend_vocabulary(build(tied=tied, rows=OLD), tokenizer(), CODES, seg_starts_as=f"{word} {word}")
 
