@@ -211,8 +211,9 @@ That command{again} learnt from {rooms} rooms, on one CPU thread. For {look_minu
 looked at {looks:,} images: a head, no part of the model, read kind, colour, box and depth of each patch and each image
 token against exact labels, in the text model's own word and number embeddings. Then, with the vision tower frozen, it
 learnt to answer for {minutes:.0f} minutes, from {packs:,} images with many questions each: count, attribute, yes/no,
-distance, choice and points questions, `Where is EXPRESSION?` -> `[[x0, y0, x1, y1]]` in hundredths of the image's side,
-and how close each part of a 6 x 6 grid is (not scored here).
+distance, choice and points questions; `Where is EXPRESSION?`, or a form in which a mask will be asked for later, ->
+`[[x0, y0, x1, y1]]` in hundredths of the image's side; and how close each part of a 6 x 6 grid is (not scored here).
+`card.json` has the runs one by one.
 
 ## Held-out rooms (seed {seed})
 

@@ -111,7 +111,9 @@ rooms and nothing else; its single-mask token (`multimask=False`) is untrained.
 Licence: Apache-2.0. Made by `python -m workflows.zoo.segmenter` in {training["runs"]} run(s) (the later ones with
 `--more`) of {training["seconds"]} processor seconds in all, on one thread: {training["steps"]} steps on
 {training["rooms"]} rooms of seed {training["seed"]}. While it trained, a throw-away head named the kind and the colour
-of every pixel from the same features, so that the trunk learnt from more than the prompts.
+of every pixel from the same features, so that the trunk learnt from more than the prompts; and the decoder was also
+prompted with what objects of a kind and colour look like, the mean of their image embedding, so that it follows content
+as well as places. Neither is part of the model.
 
 Held out: {max(HELD_OUT_ROOMS)} rooms of seed {HELD_OUT_SEED} at {HELD_OUT_SIZE} pixels, every object that shows at
 least {MIN_OBJECT_SHARE:.2%} of the image. Mean IoU over objects, and the paired 95 % interval over rooms of the gain on
