@@ -120,8 +120,11 @@ def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTI
 
     Processor time, so that other work on the machine makes the run longer and not worse.
     """
-    batch, peak = 16, 1.5e-3
-    optimizers = _optimizers(model, peak)
+    batch, peak = 16, 1e-3
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak)
     order, began, step = np.random.default_rng(0), time.process_time(), 0
     while (spent := (time.process_time() - began) / seconds) < 1:
         rows = order.permutation(len(rooms[0]))
@@ -129,38 +132,21 @@ def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTI
             spent = min(1.0, (time.process_time() - began) / seconds)
             if spent == 1:
                 break
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
                 group["lr"] = peak * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * spent))
             chosen = rows[start : start + batch]
             pixels_B3HW, target_BHW = augmented(rooms[0][chosen], rooms[1][chosen], processor)
             with torch.autocast("cpu", torch.bfloat16):
                 predicted_BHW = model(pixels_B3HW).predicted_depth
             loss = depth_loss(predicted_BHW.float(), target_BHW)
+            optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
             step += 1
             if step % 100 == 0:
                 print(f"step {step}  loss {loss.item():.4f}  {spent:.0%} of the time", flush=True)
     return step
-
-
-def _optimizers(model: DepthAnythingForDepthEstimation, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer's layers, AdamW for all else."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "encoder.layer." in name]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=rate),
-    ]
 
 
 def held_out_figures(teacher: DepthTeacher, rooms: Arrays, mean_map_HW: npt.NDArray[np.float64]) -> dict[str, float]:
