@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from perceptio.data.mixture import Mixture, MixtureSource, Slot, period_counts
@@ -21,11 +21,20 @@ ROW_GROUPS = st.lists(st.integers(1, 7), min_size=1, max_size=9)
 WEIGHTS = st.one_of(st.integers(1, 9).map(float), st.floats(0.05, 1.0))
 
 
+def held_or_rejected(weights: list[float]) -> list[int]:
+    """The period of weights that some period holds; others are refused, which has a test of its own."""
+    try:
+        return period_counts(weights)
+    except ValueError:
+        reject()
+
+
 @st.composite
 def mixtures(draw: st.DrawFn) -> Mixture:
     sources = [
         MixtureSource(f"s{i}", draw(WEIGHTS), draw(ROW_GROUPS)) for i in range(draw(st.integers(1, 5), label="sources"))
     ]
+    held_or_rejected([source.weight for source in sources])
     streams = draw(st.sampled_from([1, 2, 4, 8]))
     return Mixture(
         sources,
@@ -212,9 +221,14 @@ def test_weights_are_rounded_to_a_printed_period() -> None:
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
 def test_rounded_shares_are_near_the_asked_ones(weights: list[float]) -> None:
-    counts = np.asarray(period_counts(weights))
+    counts = np.asarray(held_or_rejected(weights))
     asked = np.asarray(weights) / sum(weights)
     assert np.all(np.abs(counts / counts.sum() / asked - 1) <= 0.05)
+
+
+def test_a_share_that_no_period_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights: the smallest, 1, is a share of 0\.0001, which no period"):
+        period_counts([9999, 1])
 
 
 def test_state_resumes_at_the_next_step_and_refuses_another_mixture() -> None:
