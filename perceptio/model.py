@@ -123,7 +123,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         max_objects: int,
         seg_starts_as: str | None = None,
         codes_start_as: str | None = None,
-        prompt_scale: float | None = None,
+        prompts_start_as_clicks: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[PerceptioForConditionalGeneration, Any]:
         """An untrained Perceptio model and its processor, from an InternVL, a SAM2 image model and a codebook.
@@ -157,8 +157,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         if lost or unexpected:
             raise ValueError(f"base '{base}': weights missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
         model.segmenter.sam2.load_state_dict(segmenter.state_dict())
-        if prompt_scale is not None:
-            model.segmenter.scale_prompts(prompt_scale)
+        if prompts_start_as_clicks:
+            model.segmenter.start_as_clicks()
         model.generation_config = backbone.generation_config
         model.attach_codec(codec)
         return model, processor

@@ -150,8 +150,8 @@ class ModelRecipe(Section):
         description="a token of the base whose embedding [SEG] starts as; null: the mean of all (reconstruction)"
     )
     codes_start_as: str | None = Field(description="the same for the depth codes")
-    prompt_scale: Annotated[float, Field(gt=0)] | None = Field(
-        description="standard deviation of the mask projector's first prompts; null: torch's start, 0.24 (lineage)"
+    prompts_start_as_clicks: bool = Field(
+        description="the mask projector starts in SAM2's space of clicks (reconstruction), else as torch starts it"
     )
     max_objects: Positive = 5
     max_length: Positive

@@ -128,7 +128,7 @@ class Asker:
             max_objects=part.max_objects,
             seg_starts_as=part.seg_starts_as,
             codes_start_as=part.codes_start_as,
-            prompt_scale=part.prompt_scale,
+            prompts_start_as_clicks=part.prompts_start_as_clicks,
         )
         return Perceiver(model, processor)
 

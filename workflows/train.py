@@ -148,7 +148,7 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
         max_objects=part.max_objects,
         seg_starts_as=part.seg_starts_as,
         codes_start_as=part.codes_start_as,
-        prompt_scale=part.prompt_scale,
+        prompts_start_as_clicks=part.prompts_start_as_clicks,
     )
     lora = part.lora
     if lora is not None and part.language == "lora":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from perceptio.segmentation.sam2_image import PROMPT_DIM, Sam2Features, Sam2ImageModel
+from perceptio.segmentation.sam2_image import FOREGROUND_POINT, PROMPT_DIM, Sam2Features, Sam2ImageModel
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,18 @@ class SegMaskDecoder(nn.Module):
         decoder.pred_obj_score_head.requires_grad_(False)
 
     @torch.no_grad()
-    def scale_prompts(self, std: float) -> None:
-        """Makes an untrained projector's prompts of hidden states of unit size have this standard deviation.
+    def start_as_clicks(self) -> None:
+        """Makes an untrained projector's prompts clicks on an object, at places that hidden states of unit size choose.
 
-        From torch's own start they are about 0.24, far below what a decoder takes for a prompt, and it soon learns to
-        draw nothing; as large as its prompts were in its own training, they lead somewhere at once (reconstruction).
+        A click in SAM2 is the embedding of "a foreground point" plus the encoding of its place, sines and cosines. So
+        that embedding becomes the projector's last bias, and its weights make the rest as large as such an encoding.
+        From torch's own start, prompts are far smaller than any prompt that SAM2 knows, and it soon learns to draw
+        nothing (reconstruction).
         """
-        # each layer's weights have variance 1 / (3 fan-in), and ReLU halves a second moment
-        self.projector.get_parameter("2.weight").mul_(std * math.sqrt(18))
+        click_1C = self.sam2.sam_prompt_encoder.point_embeddings[FOREGROUND_POINT].weight
+        self.projector.get_parameter("2.bias").copy_(click_1C[0])
+        # torch's start gives each layer weights of variance 1 / (3 fan-in), and ReLU halves a second moment
+        self.projector.get_parameter("2.weight").mul_(math.sqrt(1 / 2) * math.sqrt(18))
 
     def encode(self, pixels_B3SS: Tensor) -> Sam2Features:
         """Features of B >= 1 preprocessed images; only the high-res convolutions on top get gradients."""

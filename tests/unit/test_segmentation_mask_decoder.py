@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perceptio.segmentation.mask_decoder import SegMaskDecoder
-from perceptio.segmentation.sam2_image import Sam2ImageConfig, Sam2ImageModel
+from perceptio.segmentation.sam2_image import FOREGROUND_POINT, Sam2ImageConfig, Sam2ImageModel
 
 WIDTH = 24
 PIXELS_B3SS = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -37,13 +37,18 @@ def test_the_empty_prompt_is_what_sams_prompt_encoder_makes_of_no_point(decoder:
     assert torch.equal(nothing, prompt_encoder.not_a_point_embed.weight.expand(1, 2, -1))
 
 
-def test_the_first_prompts_are_as_large_as_asked(decoder: SegMaskDecoder) -> None:
+def test_first_prompts_can_be_clicks(decoder: SegMaskDecoder) -> None:
     torch.manual_seed(0)
     wide = SegMaskDecoder(decoder.sam2, 256)
-    hidden_MD = torch.randn(400, 256)
+    hidden_MD, sam2 = torch.randn(400, 256), decoder.sam2
     assert wide.projector(hidden_MD).std().item() == pytest.approx(0.24, rel=0.1)
-    wide.scale_prompts(1.9)
-    assert wide.projector(hidden_MD).std().item() == pytest.approx(1.9, rel=0.1)
+    wide.start_as_clicks()
+    prompt_MC = wide.projector(hidden_MD)
+    places_M12 = torch.rand(400, 1, 2) * sam2.config.image_size
+    click_MC = sam2.embed_points(places_M12, torch.full((400, 1), FOREGROUND_POINT))[:, 0]
+    place_MC = click_MC - sam2.sam_prompt_encoder.point_embeddings[FOREGROUND_POINT].weight
+    assert torch.allclose(wide.projector[2].bias, (click_MC - place_MC)[0], atol=1e-6)
+    assert (prompt_MC - wide.projector[2].bias).std().item() == pytest.approx(place_MC.std().item(), rel=0.1)
 
 
 def test_gradients_reach_every_trained_weight_and_no_frozen_one(decoder: SegMaskDecoder) -> None:

@@ -39,6 +39,8 @@ TRAIN_SEED = 102
 SEED = 0
 LOOK_IMAGES = 16  # a step
 LOOKS = ("kind", "color", "corner", "depth")
+BOX_OPENS = "[["
+AIM_BCE = 5.0
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
 REPORT_SECONDS, SAVE_SECONDS = 15, 120
@@ -70,8 +72,7 @@ class CellHead(nn.Module):
         kinds_KD = torch.cat([self.empty_2D[:1], self.words(self.kind_ids)])
         colors_CD = torch.cat([self.empty_2D[1:], self.words(self.color_ids)])
         seen_BG = batch.token_BG7[..., 0] != EMPTY
-        last_pixel = torch.tensor([0, 0, 1, 1])
-        hundredths_S4 = (batch.token_BG7[..., 2:6][seen_BG] * SIDE - last_pixel).round().long() * 100 // SIDE
+        hundredths_S4 = hundredths(batch.token_BG7[..., 2:6][seen_BG])
         corner_S4D = torch.stack([corner_BGD[seen_BG] for corner_BGD in corner_4BGD], 1)
         corner_S4N = (corner_S4D @ self.words(self.number_ids).T).float()
         patch_kind, patch_color, patch_depth = self.patch(sight.patch_BPE).split([len(kinds_KD), len(colors_CD), 1], -1)
@@ -84,6 +85,38 @@ class CellHead(nn.Module):
                 5 * _error(inv_depth_BG1, batch.token_BG7) + 5 * _error(patch_depth, batch.patch_BP7),
             ]
         )
+
+
+class AimHead(nn.Module):
+    """Reads off the state behind a box's opening token which patches show the object asked for; dropped after training.
+
+    The box itself follows token by token; so that all of it is known where it opens, the state there is taught too.
+    """
+
+    def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
+        super().__init__()
+        vision, text = model.config.vision_config, model.config.text_config
+        self.read = nn.Linear(text.hidden_size, math.prod(vision.image_size) // math.prod(vision.patch_size))
+        (self.opening_id,) = _word_ids(processor, [BOX_OPENS]).tolist()
+        self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
+
+    def loss(self, states_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[]: cross-entropy (times AIM_BCE) and Dice loss of the patches, mean over all boxes that are answered."""
+        pack_A, opening_A = (batch.labels_BT == self.opening_id).nonzero(as_tuple=True)
+        number_A4 = torch.stack([batch.ids_BT[pack_A, opening_A + 1 + 2 * i] for i in range(4)], 1)
+        hundredths_A4 = (number_A4[..., None] == self.number_ids).int().argmax(-1)
+        shown_AP7 = batch.patch_BP7[pack_A]
+        same_AP = (hundredths(shown_AP7[..., 2:6]) == hundredths_A4[:, None]).all(-1) & (shown_AP7[..., 0] != EMPTY)
+        logits_AP, target_AP = self.read(states_BTD[pack_A, opening_A]).float(), same_AP.float()
+        chance_AP = logits_AP.sigmoid()
+        dice_A = 1 - (2 * (chance_AP * target_AP).sum(1) + 1) / (chance_AP.sum(1) + target_AP.sum(1) + 1)
+        return AIM_BCE * F.binary_cross_entropy_with_logits(logits_AP, target_AP) + dice_A.mean()
+
+
+def hundredths(box_4: torch.Tensor) -> torch.Tensor:
+    """Corners in [0, 1] as box answers write them; any leading shape."""
+    last_pixel = torch.tensor([0, 0, 1, 1])
+    return (box_4 * SIDE - last_pixel).round().long() * 100 // SIDE
 
 
 def _names(logits_BGK: torch.Tensor, target_BG: torch.Tensor) -> torch.Tensor:
@@ -136,12 +169,17 @@ def see(model: InternVLForConditionalGeneration, batch: Batch) -> Sight:
     return Sight(features.pooler_output, features.last_hidden_state[:, 1:])
 
 
-def answer_loss(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the tokens of all answers. Packs are padded on the right, so causality hides the pad."""
+def text_states(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[B, T, D]: the text model's last states. Packs are padded on the right, so causality hides the pad."""
     embeds_BTD = model.get_input_embeddings()(batch.ids_BT)
     at_image_BT1 = (batch.ids_BT == model.config.image_token_id)[..., None]
     embeds_BTD = embeds_BTD.masked_scatter(at_image_BT1, image_BGD.to(embeds_BTD.dtype))
-    states_BTD = model.model.language_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    states: torch.Tensor = model.model.language_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    return states
+
+
+def answer_loss(model: InternVLForConditionalGeneration, states_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over the tokens of all answers."""
     taught_BT = batch.labels_BT[:, 1:] >= 0
     logits = model.lm_head(states_BTD[:, :-1][taught_BT]).float()
     return F.cross_entropy(logits, batch.labels_BT[:, 1:][taught_BT])
@@ -179,15 +217,16 @@ def learn_to_answer(
 ) -> int:
     """The number of steps in which text model and projector learnt to answer; in place, saved now and then."""
     model.model.vision_tower.requires_grad_(False)
+    head = AimHead(model, packer.processor)
 
     def loss() -> tuple[torch.Tensor, list[float]]:
         batch = packer.batch(packs)
-        answers = answer_loss(model, see(model, batch).token_BGD, batch)
-        return answers, [answers.item()]
+        states_BTD = text_states(model, see(model, batch).token_BGD, batch)
+        answers, aims = answer_loss(model, states_BTD, batch), head.loss(states_BTD, batch)
+        return answers + aims, [answers.item(), aims.item()]
 
-    return _repeat(
-        loss, ("answers",), optimizers([model], rate), minutes, rate, lambda: save(model, packer.processor, out)
-    )
+    groups = optimizers([model, head], rate)
+    return _repeat(loss, ("answers", "aims"), groups, minutes, rate, lambda: save(model, packer.processor, out))
 
 
 def _repeat(

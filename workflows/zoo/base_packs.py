@@ -18,7 +18,7 @@ from perceptio.rooms.questions import FORMS
 from workflows.zoo.base_rooms import TaughtRoom, Turn, mirrored
 
 LENGTH = 320  # most tokens of a pack
-BOX_SHARE = 0.45  # chance that the next turn is a box question
+BOX_SHARE = 0.6  # chance that the next turn is a box question
 POINTS_SHARE = 0.35  # chance that a pack shows the points drawn in and opens with their question
 FORM_SHARE, WHERE = 0.7, "Where is {}?"
 GRID_SHARE = 0.3  # chance that a pack may ask for the depth grid, whose answer is longer than all others

@@ -213,7 +213,8 @@ token against exact labels, in the text model's own word and number embeddings. 
 learnt to answer for {minutes:.0f} minutes, from {packs:,} images with many questions each: count, attribute, yes/no,
 distance, choice and points questions; `Where is EXPRESSION?`, or a form in which a mask will be asked for later, ->
 `[[x0, y0, x1, y1]]` in hundredths of the image's side; and how close each part of a 6 x 6 grid is (not scored here).
-`card.json` has the runs one by one.
+Behind `[[` another head, no part of the model either, read which patches show the object, so that all of a box is known
+where it opens: that is where [SEG] will start. `card.json` has the runs one by one.
 
 ## Held-out rooms (seed {seed})
 
