@@ -213,7 +213,11 @@ class TrainRecipe(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Weight
     clip: Annotated[float, Field(gt=0)] = 1.0
-    warmup: Share
+    warmup: Share = Field(description="share of the steps in which learning rates rise to their peak")
+    language_warmup: Share = Field(
+        description="the same for the language model and the vision tower; longer, new tokens and the mask projector"
+        " find their place before what they read moves (reconstruction)"
+    )
     checkpoint_every: Positive
     keep_checkpoints: Positive
     max_failures: Annotated[int, Field(ge=0)] = 1

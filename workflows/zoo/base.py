@@ -4,10 +4,10 @@
 
 Reads nothing, needs one CPU thread and about 3 GB. Renders rooms of TRAIN_SEED into a cache, teaches the vision tower
 what each cell shows, then, with that tower frozen, the text model to answer: several questions about one image in one
-chat, loss on answers alone. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json`, `README.md`.
+chat, loss on answers, and on what a head reads where a box opens. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json`, `README.md`.
 
-Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; D width of the text model;
-S cells that show an object; K kinds; C colours; N numbers.
+Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; P patches; A answers that are boxes; D width
+of the text model; S cells that show an object; K kinds; C colours; N numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from perceptio.rooms.questions import FORMS
 from perceptio.vlm.backbone import load_backbone
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
 from workflows.zoo.base_packs import Batch, Packer
-from workflows.zoo.base_rooms import EMPTY, SIDE, TaughtRoom, cached_rooms
+from workflows.zoo.base_rooms import EMPTY, PATCHES, SIDE, TaughtRoom, cached_rooms
 from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 
 TRAIN_SEED = 102
@@ -95,8 +95,7 @@ class AimHead(nn.Module):
 
     def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
         super().__init__()
-        vision, text = model.config.vision_config, model.config.text_config
-        self.read = nn.Linear(text.hidden_size, math.prod(vision.image_size) // math.prod(vision.patch_size))
+        self.read = nn.Linear(model.get_input_embeddings().get_parameter("weight").shape[1], PATCHES * PATCHES)
         (self.opening_id,) = _word_ids(processor, [BOX_OPENS]).tolist()
         self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
 
@@ -110,7 +109,8 @@ class AimHead(nn.Module):
         logits_AP, target_AP = self.read(states_BTD[pack_A, opening_A]).float(), same_AP.float()
         chance_AP = logits_AP.sigmoid()
         dice_A = 1 - (2 * (chance_AP * target_AP).sum(1) + 1) / (chance_AP.sum(1) + target_AP.sum(1) + 1)
-        return AIM_BCE * F.binary_cross_entropy_with_logits(logits_AP, target_AP) + dice_A.mean()
+        loss: torch.Tensor = AIM_BCE * F.binary_cross_entropy_with_logits(logits_AP, target_AP) + dice_A.mean()
+        return loss
 
 
 def hundredths(box_4: torch.Tensor) -> torch.Tensor:
