@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, D hidden size, M masks, S SAM2's input side, P 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         codebook: str | Path,
         *,
         max_objects: int,
-        seg_starts_as: str | None = None,
-        codes_start_as: str | None = None,
+        starts_as: Mapping[str, str] | None = None,
         prompts_start_as_clicks: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[PerceptioForConditionalGeneration, Any]:
@@ -134,9 +134,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         backbone, processor = load_backbone(str(base), dtype=dtype)
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
-        vocabulary = extend_vocabulary(
-            backbone, processor.tokenizer, codec.codes, seg_starts_as=seg_starts_as, codes_start_as=codes_start_as
-        )
+        vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes, starts_as=starts_as)
         fields = backbone.config.to_dict() | {
             "sam2_config": segmenter.config.to_dict(),
             "codebook_digest": codec.digest,

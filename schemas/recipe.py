@@ -146,10 +146,9 @@ class ModelRecipe(Section):
     lora: LoraRecipe | None = None
     train_vision: bool
     train_projector: bool
-    seg_starts_as: str | None = Field(
-        description="a token of the base whose embedding [SEG] starts as; null: the mean of all (reconstruction)"
+    starts_as: dict[Literal["seg", "depth_start", "code", "depth_end"], str] = Field(
+        description="tokens of the base whose embeddings spatial tokens start as, else the mean of all (reconstruction)"
     )
-    codes_start_as: str | None = Field(description="the same for the depth codes")
     prompts_start_as_clicks: bool = Field(
         description="the mask projector starts in SAM2's space of clicks (reconstruction), else as torch starts it"
     )
@@ -214,10 +213,6 @@ class TrainRecipe(Section):
     weight_decay: Weight
     clip: Annotated[float, Field(gt=0)] = 1.0
     warmup: Share = Field(description="share of the steps in which learning rates rise to their peak")
-    language_warmup: Share = Field(
-        description="the same for the language model and the vision tower; longer, new tokens and the mask projector"
-        " find their place before what they read moves (reconstruction)"
-    )
     checkpoint_every: Positive
     keep_checkpoints: Positive
     max_failures: Annotated[int, Field(ge=0)] = 1

@@ -34,8 +34,7 @@ def recipe_in(folder: Path, parts: Path, **more: Any) -> Recipe:
         "train.mixture": [entry],
         "depth.teacher": "recorded",
         "model.base": str(parts / "base"),
-        "model.seg_starts_as": None,  # its tokens are of another tokenizer
-        "model.codes_start_as": None,
+        "model.starts_as": {},  # its tokens are of another tokenizer
         "model.sam2": str(parts / "sam2"),
         "model.max_objects": 2,
         "evaluate.bootstrap": 20,

@@ -126,8 +126,7 @@ class Asker:
             runtime.weights(part.sam2, "segmenter"),
             local_copy(self.root, "codebook", stage="codebook"),
             max_objects=part.max_objects,
-            seg_starts_as=part.seg_starts_as,
-            codes_start_as=part.codes_start_as,
+            starts_as=part.starts_as,
             prompts_start_as_clicks=part.prompts_start_as_clicks,
         )
         return Perceiver(model, processor)

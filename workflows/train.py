@@ -146,8 +146,7 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
         runtime.weights(part.sam2, "segmenter"),
         local_copy(root, "codebook", stage="codebook"),
         max_objects=part.max_objects,
-        seg_starts_as=part.seg_starts_as,
-        codes_start_as=part.codes_start_as,
+        starts_as=part.starts_as,
         prompts_start_as_clicks=part.prompts_start_as_clicks,
     )
     lora = part.lora

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_cosine_schedule_with_warmup
 
 from schemas.recipe import TrainRecipe
 
@@ -49,22 +47,10 @@ def parameter_groups(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, An
 
 
 def optimizer_and_schedule(model: nn.Module, recipe: TrainRecipe) -> tuple[AdamW, LRScheduler]:
-    """AdamW, each group's rate by `rate_share` (lineage: Sa2VA, but for the language group's own warm-up)."""
+    """AdamW with linear warm-up and cosine to 0 over the recipe's steps (lineage: Sa2VA)."""
     optimizer = AdamW(parameter_groups(model, recipe), betas=recipe.betas)
-    own = {"language": recipe.language_warmup}
-    warmups = [own.get(group["name"].partition(",")[0], recipe.warmup) for group in optimizer.param_groups]
-    shares: list[Callable[[int], float]] = [
-        partial(rate_share, warmup=round(share * recipe.steps), steps=recipe.steps) for share in warmups
-    ]
-    return optimizer, LambdaLR(optimizer, shares)
-
-
-def rate_share(step: int, *, warmup: int, steps: int) -> float:
-    """The learning rate's share of its peak at a step: a cosine from 1 to 0, rising linearly from 0 for `warmup` steps.
-
-    The cosine is that of all steps, so that groups with other warm-ups end alike.
-    """
-    return min(1.0, step / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
+    return optimizer, schedule
 
 
 def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:

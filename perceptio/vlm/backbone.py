@@ -5,7 +5,7 @@ The text part may be a Qwen2 or a Llama, its output head tied to the input embed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from transformers import (
 from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
 
 MODEL_TYPE = "internvl"
+STARTING = ("seg", "depth_start", "code", "depth_end")  # what `starts_as` may name
 NOISE = 0.1  # of the old rows' standard deviation, so that the new rows are not all the same
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -55,21 +56,19 @@ def extend_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     codes: int,
     *,
-    seg_starts_as: str | None = None,
-    codes_start_as: str | None = None,
+    starts_as: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> SpatialVocabulary:
     """The spatial ids, after tokenizer and embeddings were given rows for them, in place (reconstruction).
 
     New rows are the mean of the old ones plus small seeded noise, in the input embeddings and, where it is not tied to
-    them, in the output head; old rows stay as they are, and what is tied stays tied. Instead of that mean, `[SEG]` may
-    start as the row of an old token, `seg_starts_as`, and all codes as another, `codes_start_as`: behind the token that
-    opens a box the base knows already what is meant and where it is; where it would write numbers it learns codes
-    sooner. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of codes,
-    and where either is not one token.
+    them, in the output head; old rows stay as they are, and what is tied stays tied. Instead of that mean, "seg",
+    "depth_start", every "code" and "depth_end" may start as the row of an old token that `starts_as` names: behind the
+    token that opens a box the base knows already what is meant and where it is; where it would write numbers it learns
+    codes sooner. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of
+    codes, and where a name in `starts_as` is not one of these four or what it stands for is not one token.
     """
-    seg_like = _one_token(tokenizer, "seg_starts_as", seg_starts_as)
-    code_like = _one_token(tokenizer, "codes_start_as", codes_start_as)
+    like = {name: _one_token(tokenizer, name, text) for name, text in (starts_as or {}).items()}
     known = len(tokenizer)
     vocabulary = extend_tokenizer(tokenizer, codes)
     rows = len(_vocabulary_weights(model)[0])
@@ -82,19 +81,26 @@ def extend_vocabulary(
     for weight_VD in _vocabulary_weights(model):
         _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), generator)
         with torch.no_grad():
-            if seg_like is not None:
-                weight_VD[vocabulary.seg_id] = weight_VD[seg_like]
-            if code_like is not None:
-                weight_VD[list(vocabulary.code_ids)] += weight_VD[code_like] - weight_VD[:first].mean(0)
+            for name, old_id in like.items():
+                weight_VD[_ids(vocabulary, name)] += weight_VD[old_id] - weight_VD[:first].mean(0)
     return vocabulary
 
 
-def _one_token(tokenizer: PreTrainedTokenizerBase, field: str, text: str | None) -> int | None:
-    if text is None:
-        return None
+def _ids(vocabulary: SpatialVocabulary, name: str) -> list[int]:
+    return {
+        "seg": [vocabulary.seg_id],
+        "depth_start": [vocabulary.depth_start_id],
+        "code": list(vocabulary.code_ids),
+        "depth_end": [vocabulary.depth_end_id],
+    }[name]
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> int:
+    if name not in STARTING:
+        raise ValueError(f"starts_as: {name!r} is no spatial token, expected one of {', '.join(STARTING)}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        raise ValueError(f"{field}: {text!r} is {len(ids)} tokens of the base, expected one")
+        raise ValueError(f"starts_as.{name}: {text!r} is {len(ids)} tokens of the base, expected one")
     return int(ids[0])
 
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from perceptio.vlm.backbone import add_lora, extend_vocabulary, load_backbone, merge_lora, set_trainable
+from perceptio.vlm.backbone import STARTING, add_lora, extend_vocabulary, load_backbone, merge_lora, set_trainable
 
 OLD, CODES, IMAGE_ID = 12, 5, 3
 Build = Callable[..., InternVLForConditionalGeneration]
@@ -103,20 +103,28 @@ def test_new_rows_lie_near_the_mean_differ_and_are_seeded(rows: int, tied: bool)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_seg_can_start_as_another_token_and_only_as_one(tied: bool) -> None:
+def test_each_spatial_token_can_start_as_an_old_one(tied: bool) -> None:
     model, words = build(tied=tied, rows=OLD), tokenizer()
-    word = next(iter(words.get_vocab()))
-    like = words.encode(word, add_special_tokens=False)
-    vocabulary = extend_vocabulary(model, words, CODES, seg_starts_as=word, codes_start_as=word)
+    names = list(words.get_vocab())[: len(STARTING) - 1]  # the last one starts as all do
+    like = [words.encode(name, add_special_tokens=False)[0] for name in names]
+    vocabulary = extend_vocabulary(model, words, CODES, starts_as=dict(zip(STARTING, names, strict=False)))
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        assert torch.equal(table.weight[vocabulary.seg_id], table.weight[like[0]])
-        assert not torch.equal(table.weight[vocabulary.depth_start_id], table.weight[like[0]])
+        near, first = table.weight[:OLD].std(), min(vocabulary.all_ids)
+        for new, old in zip((vocabulary.seg_id, vocabulary.depth_start_id), like, strict=False):
+            assert (table.weight[new] - table.weight[old]).abs().max() < near
         codes = table.weight[list(vocabulary.code_ids)]
-        assert (codes - table.weight[like[0]]).abs().max() < table.weight[:OLD].std() and len(
-            codes.unique(dim=0)
-        ) == CODES
-    with pytest.raises(ValueError, match=r"seg_starts_as: '.*' is \d+ tokens"):
-        extend_vocabulary(build(tied=tied, rows=OLD), tokenizer(), CODES, seg_starts_as=f"{word} {word}")
+        assert (codes - table.weight[like[2]]).abs().max() < near
+        assert len(codes.unique(dim=0)) == CODES
+        assert (table.weight[vocabulary.depth_end_id] - table.weight[:first].mean(0)).abs().max() < near
+
+
+def test_what_no_token_can_start_as_is_refused() -> None:
+    words = tokenizer()
+    word = next(iter(words.get_vocab()))
+    with pytest.raises(ValueError, match=r"starts_as.seg: '.*' is \d+ tokens of the base, expected one"):
+        extend_vocabulary(build(rows=OLD), words, CODES, starts_as={"seg": f"{word} {word}"})
+    with pytest.raises(ValueError, match="starts_as: 'depth' is no spatial token, expected one of seg, depth_start"):
+        extend_vocabulary(build(rows=OLD), words, CODES, starts_as={"depth": word})
 
 
 def test_second_extension_changes_nothing_and_another_size_is_refused() -> None:

@@ -4,7 +4,8 @@
 
 Reads nothing, needs one CPU thread and about 3 GB. Renders rooms of TRAIN_SEED into a cache, teaches the vision tower
 what each cell shows, then, with that tower frozen, the text model to answer: several questions about one image in one
-chat, loss on answers, and on what a head reads where a box opens. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json`, `README.md`.
+chat, loss on answers, and on what a head reads where a box opens. Writes a model folder (fp16 safetensors, tokenizer,
+processor), `card.json`, `README.md`.
 
 Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; P patches; A answers that are boxes; D width
 of the text model; S cells that show an object; K kinds; C colours; N numbers.
