@@ -25,6 +25,7 @@ from perceptio.segmentation.mask_decoder import MaskPrediction, SegMaskDecoder
 from perceptio.segmentation.sam2_image import Sam2Features, Sam2ImageConfig, Sam2ImageModel
 from perceptio.vlm.backbone import extend_vocabulary, load_backbone
 from perceptio.vocabulary import SpatialVocabulary
+from schemas.recipe import SpatialName
 
 CODEBOOK_FOLDER = "codebook"
 
@@ -122,7 +123,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         codebook: str | Path,
         *,
         max_objects: int,
-        starts_as: Mapping[str, str] | None = None,
+        starts_as: Mapping[SpatialName, str] | None = None,
         prompts_start_as_clicks: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[PerceptioForConditionalGeneration, Any]:

@@ -20,6 +20,9 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the field, the value seen and what to do."""
 
 
+SpatialName = Literal["seg", "depth_start", "code", "depth_end"]
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable, unknown keys are errors."""
 
@@ -146,7 +149,7 @@ class ModelRecipe(Section):
     lora: LoraRecipe | None = None
     train_vision: bool
     train_projector: bool
-    starts_as: dict[Literal["seg", "depth_start", "code", "depth_end"], str] = Field(
+    starts_as: dict[SpatialName, str] = Field(
         description="tokens of the base whose embeddings spatial tokens start as, else the mean of all (reconstruction)"
     )
     prompts_start_as_clicks: bool = Field(

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
+from schemas.recipe import SpatialName
 
 MODEL_TYPE = "internvl"
-STARTING = ("seg", "depth_start", "code", "depth_end")  # what `starts_as` may name
 NOISE = 0.1  # of the old rows' standard deviation, so that the new rows are not all the same
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -56,7 +56,7 @@ def extend_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     codes: int,
     *,
-    starts_as: Mapping[str, str] | None = None,
+    starts_as: Mapping[SpatialName, str] | None = None,
     seed: int = 0,
 ) -> SpatialVocabulary:
     """The spatial ids, after tokenizer and embeddings were given rows for them, in place (reconstruction).
@@ -66,7 +66,7 @@ def extend_vocabulary(
     "depth_start", every "code" and "depth_end" may start as the row of an old token that `starts_as` names: behind the
     token that opens a box the base knows already what is meant and where it is; where it would write numbers it learns
     codes sooner. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of
-    codes, and where a name in `starts_as` is not one of these four or what it stands for is not one token.
+    codes, and where what `starts_as` names is not one token.
     """
     like = {name: _one_token(tokenizer, name, text) for name, text in (starts_as or {}).items()}
     known = len(tokenizer)
@@ -86,7 +86,7 @@ def extend_vocabulary(
     return vocabulary
 
 
-def _ids(vocabulary: SpatialVocabulary, name: str) -> list[int]:
+def _ids(vocabulary: SpatialVocabulary, name: SpatialName) -> list[int]:
     return {
         "seg": [vocabulary.seg_id],
         "depth_start": [vocabulary.depth_start_id],
@@ -96,8 +96,6 @@ def _ids(vocabulary: SpatialVocabulary, name: str) -> list[int]:
 
 
 def _one_token(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> int:
-    if name not in STARTING:
-        raise ValueError(f"starts_as: {name!r} is no spatial token, expected one of {', '.join(STARTING)}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         raise ValueError(f"starts_as.{name}: {text!r} is {len(ids)} tokens of the base, expected one")
