@@ -219,6 +219,10 @@ class TrainRecipe(Section):
     checkpoint_every: Positive
     keep_checkpoints: Positive
     max_failures: Annotated[int, Field(ge=0)] = 1
+    code_noise: Share = Field(
+        description="share of the depth codes that are read as random ones, so that the next one depends on the image"
+        " and not on the last ones alone (reconstruction; the paper: 0)"
+    )
     streams: Positive = Field(description="canonical streams of the mixture, C")
     mixture: tuple[MixtureEntry, ...]
     losses: LossWeights

@@ -181,6 +181,7 @@ def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: A
         vocabulary=model.config.vocabulary,
         max_objects=recipe.model.max_objects,
         max_length=recipe.model.max_length,
+        code_noise=train.code_noise,
         sam2_size=model.segmenter.sam2.config.image_size,
         sam2_pixels=preprocess,
     )

@@ -42,9 +42,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. `loss_kind_BT[b, t]` is the `LossKind` of the token at t as a target, predicted from t - 1."""
+    """A micro-batch. `loss_kind_BT[b, t]` is the `LossKind` of the target at t, predicted from the inputs before it."""
 
     input_ids_BT: Tensor
+    target_ids_BT: Tensor
     attention_mask_BT: Tensor
     loss_kind_BT: Tensor
     pixel_values: Tensor  # the base's tiles of all images, one image after another
@@ -99,10 +100,11 @@ def collate(
     segs = [(b, t) for b, item in enumerate(items) for t in item.dialogue.seg_positions]
     masked = sorted({b for b, _ in segs})
     size = sam2_size // MASK_STRIDE
-    ids_BT, mask_BT, kind_BT = _padded(items, int(processor.tokenizer.pad_token_id), max_length)
+    ids_BT, target_BT, mask_BT, kind_BT = _padded(items, int(processor.tokenizer.pad_token_id), max_length)
     has_depth_B, target_BHW = _depth(items)
     return Batch(
         input_ids_BT=ids_BT,
+        target_ids_BT=target_BT,
         attention_mask_BT=mask_BT,
         loss_kind_BT=kind_BT,
         pixel_values=processor.image_processor([item.rgb_HW3 for item in items], return_tensors="pt")["pixel_values"],
@@ -128,8 +130,8 @@ def _inv_depth(png: bytes) -> npt.NDArray[np.float32]:
     return decode_depth16(png).astype(np.float32) / np.float32(65535)
 
 
-def _padded(items: Sequence[Item], pad: int, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and loss kinds [B, T], padded on the right to a multiple of PAD_MULTIPLE."""
+def _padded(items: Sequence[Item], pad: int, max_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input ids, target ids, attention mask, loss kinds [B, T], padded on the right to a multiple of PAD_MULTIPLE."""
     longest = max(items, key=lambda item: len(item.dialogue.input_ids)).dialogue
     if len(longest.input_ids) > max_length:
         raise ValueError(
@@ -137,14 +139,15 @@ def _padded(items: Sequence[Item], pad: int, max_length: int) -> tuple[Tensor, T
             "model.max_length, or lower the mixture entry's max_turns"
         )
     shape = (len(items), -(-len(longest.input_ids) // PAD_MULTIPLE) * PAD_MULTIPLE)
-    ids_BT = torch.full(shape, pad)
+    ids_BT, target_BT = torch.full(shape, pad), torch.full(shape, pad)
     mask_BT, kind_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for b, item in enumerate(items):
         length = len(item.dialogue.input_ids)
         ids_BT[b, :length] = _indices(item.dialogue.input_ids)
+        target_BT[b, :length] = _indices(item.dialogue.target_ids)
         kind_BT[b, :length] = _indices(item.dialogue.loss_kinds)
         mask_BT[b, :length] = 1
-    return ids_BT, mask_BT, kind_BT
+    return ids_BT, target_BT, mask_BT, kind_BT
 
 
 def _depth(items: Sequence[Item]) -> tuple[Tensor, Tensor]:

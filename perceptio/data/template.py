@@ -49,10 +49,11 @@ class LossKind(IntEnum):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A whole training dialogue about one image. `loss_kinds[t]` is about `input_ids[t]` as a target."""
+    """A whole training dialogue about one image. `loss_kinds[t]` is about `target_ids[t]`."""
 
     sample_id: str
-    input_ids: tuple[int, ...]
+    input_ids: tuple[int, ...]  # what is read: the targets, but for depth codes that noise has replaced
+    target_ids: tuple[int, ...]  # what is to be written
     loss_kinds: tuple[LossKind, ...]
     image_tokens: int  # slots that the image features fill
     seg_positions: tuple[int, ...]  # where [SEG] is the input
@@ -102,9 +103,12 @@ def render(
     key: tuple[int, int],
     max_objects: int,
     image_tokens: int,
+    code_noise: float = 0.0,
 ) -> Dialogue:
     """The training dialogue of a samples row: turns, prompt and control line are drawn from `key`, (seed, position).
 
+    `code_noise` is the share of depth codes that are read as random ones, so that a model that has to write its own
+    looks at the image and not at its last codes alone (reconstruction).
     A part is left out where the row has no data for it. A row without a turn that fits the entry is used for its depth.
     Raises ValueError where it has neither, and for objects without a mask or above `max_objects`.
     """
@@ -133,7 +137,8 @@ def render(
         kinds += [LossKind.IGNORE] * len(prompt) + [_loss_kind(vocabulary, token_id) for token_id in reply]
     return Dialogue(
         sample_id=sample["id"],
-        input_ids=tuple(ids),
+        input_ids=tuple(_noised(ids, vocabulary, code_noise, Random(f"{key[0]} {key[1]} code noise"))),
+        target_ids=tuple(ids),
         loss_kinds=tuple(kinds),
         image_tokens=image_tokens,
         seg_positions=tuple(t for t, token_id in enumerate(ids) if token_id == vocabulary.seg_id),
@@ -175,6 +180,11 @@ def _control(present: bool, rng: Random) -> Part:
     if rng.random() < AUTO_SHARE:
         return "auto"
     return "on" if present else "off"
+
+
+def _noised(ids: Sequence[int], vocabulary: SpatialVocabulary, share: float, rng: Random) -> list[int]:
+    codes = vocabulary.code_ids
+    return [rng.choice(codes) if token_id in codes and rng.random() < share else token_id for token_id in ids]
 
 
 def _loss_kind(vocabulary: SpatialVocabulary, token_id: int) -> LossKind:

@@ -27,6 +27,7 @@ class Feed:
     vocabulary: SpatialVocabulary
     max_objects: int
     max_length: int
+    code_noise: float
     sam2_pixels: Preprocess
     sam2_size: int
 
@@ -43,6 +44,7 @@ class Feed:
             key=key,
             max_objects=self.max_objects,
             image_tokens=count_image_tokens(self.processor, row["height"], row["width"]),
+            code_noise=self.code_noise,
         )
         return load_item(row, dialogue, source=slot.source, key=key)
 

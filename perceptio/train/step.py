@@ -62,7 +62,7 @@ class Objective(nn.Module):
         supervised_BT = batch.loss_kind_BT != LossKind.IGNORE
         sample_P, position_P = supervised_BT.nonzero(as_tuple=True)
         logits_PV = self.model.lm_head(hidden_BTD[sample_P, position_P - 1])  # the state before predicts the token
-        targets_P = batch.input_ids_BT[sample_P, position_P]
+        targets_P = batch.target_ids_BT[sample_P, position_P]
         kind_P, source_P = batch.loss_kind_BT[sample_P, position_P], batch.source_B[sample_P]
         nll_P = losses.token_cross_entropy(logits_PV, targets_P)
         for term, kind in _KINDS.items():

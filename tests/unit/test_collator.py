@@ -51,6 +51,7 @@ def dialogue(name: str, *, objects: tuple[int, ...] = (), codes: tuple[int, ...]
     return Dialogue(
         sample_id=name,
         input_ids=tuple(ids),
+        target_ids=tuple(ids[:2] + [id_ + 1 for id_ in ids[2:]]),
         loss_kinds=tuple(map(LossKind, kinds)),
         image_tokens=4,
         seg_positions=tuple(range(2, 2 + len(objects))),
@@ -81,6 +82,7 @@ def test_rows_are_padded_on_the_right_to_a_multiple_of_eight() -> None:
     assert found.input_ids_BT.shape == (3, 16)
     assert found.attention_mask_BT.sum(1).tolist() == [11, 11, 6]
     assert found.input_ids_BT[2].tolist() == [10, 11, 50, 12, 12, 12] + [99] * 10
+    assert found.target_ids_BT[2].tolist() == [10, 11, 51, 13, 13, 13] + [99] * 10
     assert found.loss_kind_BT[1, :11].tolist() == [0, 0, 1, 1, 2, 3, 3, 2, 1, 1, 1]
     assert not found.loss_kind_BT[found.attention_mask_BT == 0].any()
 

@@ -75,8 +75,9 @@ def entry(**changes: Any) -> MixtureEntry:
 
 @pytest.fixture
 def write(tokenizer: PreTrainedTokenizerFast, vocabulary: SpatialVocabulary) -> Any:
-    def write(row: dict[str, Any], mixed: MixtureEntry, position: int = 0, max_objects: int = 5) -> Dialogue:
-        return render(row, mixed, vocabulary, tokenizer, key=(7, position), max_objects=max_objects, image_tokens=2)
+    def write(row: dict[str, Any], mixed: MixtureEntry, position: int = 0, **more: Any) -> Dialogue:
+        settings = {"key": (7, position), "max_objects": 5, "image_tokens": 2} | more
+        return render(row, mixed, vocabulary, tokenizer, **settings)
 
     return write
 
@@ -107,6 +108,19 @@ def test_loss_kinds_name_markers_codes_and_text(write: Any) -> None:
 def test_seg_positions_are_where_seg_is_the_input(write: Any, vocabulary: SpatialVocabulary) -> None:
     dialogue = write(sample(), entry(kinds=["referring"]))
     assert [dialogue.input_ids[t] for t in dialogue.seg_positions] == [vocabulary.seg_id] * 2
+
+
+def test_noise_changes_codes_that_are_read_and_nothing_else(write: Any, vocabulary: SpatialVocabulary) -> None:
+    row, codes = sample(codes=[3] * 400), set(vocabulary.code_ids)
+    clean, noised = (write(row, entry(kinds=["referring"]), code_noise=noise) for noise in (0, 0.5))
+    assert clean.input_ids == clean.target_ids == noised.target_ids
+    assert noised.loss_kinds == clean.loss_kinds
+    pairs = list(zip(noised.input_ids, noised.target_ids, strict=True))
+    changed = [read for read, written in pairs if read != written]
+    assert set(changed) <= codes
+    assert all(written in codes for read, written in pairs if read != written)
+    assert len(changed) / 400 == pytest.approx(0.5 * (1 - 1 / len(codes)), abs=0.1)
+    assert noised == write(row, entry(kinds=["referring"]), code_noise=0.5)
 
 
 @pytest.mark.parametrize("segmentation", ["auto", "on", "off"])
