@@ -221,7 +221,7 @@ class TrainRecipe(Section):
     max_failures: Annotated[int, Field(ge=0)] = 1
     code_noise: Share = Field(
         description="share of the depth codes that are read as random ones, so that the next one depends on the image"
-        " and not on the last ones alone (reconstruction; the paper: 0)"
+        " and not on the last ones alone (reconstruction; 0 in the lineage)"
     )
     streams: Positive = Field(description="canonical streams of the mixture, C")
     mixture: tuple[MixtureEntry, ...]

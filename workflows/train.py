@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import ray.train
 import torch
 from ray.exceptions import RayError
@@ -106,6 +105,8 @@ def _inputs(recipe: Recipe, root: Root) -> dict[str, str]:
 
 def _work(config: dict[str, Any]) -> None:
     """One worker's whole run: from the recipe to the published model."""
+    import deepspeed  # in the workers alone: it takes seconds, and prints as it comes
+
     runtime.enter(config["folder"])
     recipe = Recipe.model_validate_json(config["recipe"])
     train, root = recipe.train, open_root(recipe.root)
@@ -216,6 +217,8 @@ def _publish(
     rank: int,
 ) -> None:
     """Writes model/ from rank 0: weights gathered, LoRA merged, processor, codebook, digests, manifest last."""
+    import deepspeed
+
     parameters = list(model.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         if rank != 0 or root.manifest("model") is not None:

@@ -101,8 +101,10 @@ class AimHead(nn.Module):
         self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
 
     def loss(self, states_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[]: cross-entropy (times AIM_BCE) and Dice loss of the patches, mean over all boxes that are answered."""
+        """[]: cross-entropy (times AIM_BCE) and Dice loss of the patches, mean over all boxes answered; or 0."""
         pack_A, opening_A = (batch.labels_BT == self.opening_id).nonzero(as_tuple=True)
+        if len(pack_A) == 0:
+            return states_BTD.new_zeros(())
         number_A4 = torch.stack([batch.ids_BT[pack_A, opening_A + 1 + 2 * i] for i in range(4)], 1)
         hundredths_A4 = (number_A4[..., None] == self.number_ids).int().argmax(-1)
         shown_AP7 = batch.patch_BP7[pack_A]
