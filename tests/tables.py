@@ -11,9 +11,10 @@ from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from schemas.tables import REJECTS
 from workflows import assemble, depth, ingest, tokenize_depth
-from workflows.commits import Root, Table
+from workflows.commits import Table
 from workflows.folders import publish
 from workflows.runtime import ShardWorker
+from workflows.store import Root
 
 ROOMS = Path(ingest.__file__).parent / "recipes" / "rooms.yaml"
 SCENES = 3

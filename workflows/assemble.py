@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from schemas.recipe import Recipe
 from schemas.tables import SAMPLES, Reason
-from workflows.commits import Table, open_root
+from workflows.commits import Table
 from workflows.runtime import Job, Reject, ShardResult, run_shards, settings_digest
+from workflows.store import open_root
 
 FROM_IMAGES = ["id", "uri", "image", "width", "height", "turns", "masks"]
 

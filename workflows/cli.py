@@ -176,7 +176,7 @@ def _stage(module: str, recipe: Recipe) -> None:
 @contextmanager
 def _job() -> Iterator[None]:
     """Ends the process with 1 and one message where a job cannot go on; other errors show where they came from."""
-    from workflows.commits import StageError
+    from workflows.store import StageError
 
     try:
         yield

@@ -38,8 +38,9 @@ from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from schemas.manifest import Licence, Manifest
 from schemas.recipe import Recipe, section_digest
 from workflows import runtime
-from workflows.commits import Root, StageError, Table, open_root, require_same
+from workflows.commits import Table, require_same
 from workflows.folders import publish
+from workflows.store import Root, StageError, open_root
 
 HELD_OUT_EVERY = 10  # one row of the sample in ten is measured on and never trained on
 WARM_UP = 0.2  # share of the steps without quantizing: k-means on an untrained encoder's features finds nothing

@@ -27,7 +27,8 @@ import httpx
 
 from schemas.recipe import Recipe
 from workflows import pipeline, report, serve
-from workflows.commits import Root, StageError, Table, open_root
+from workflows.commits import Table
+from workflows.store import Root, StageError, open_root
 
 MARK = "demo.json"  # says that a folder was made here and may be emptied
 ASKED = ("referring", "points", "count")  # a question of each kind

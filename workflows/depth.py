@@ -23,8 +23,9 @@ from perceptio.depth.teacher import DepthError, DepthTeacher, TeacherMap, inv_de
 from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import DEPTH, Reason
-from workflows.commits import Table, open_root
+from workflows.commits import Table
 from workflows.runtime import Job, Reject, ShardResult, ahead, device, run_shards, settings_digest, weights
+from workflows.store import open_root
 
 CONVENTION = "inv_depth in [0, 1], larger = closer, min-max scaled per image"
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`

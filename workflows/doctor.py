@@ -20,9 +20,9 @@ import torch
 from packaging.requirements import Requirement
 
 from schemas.recipe import Recipe
-from workflows.commits import StageError, open_root
 from workflows.runtime import attempt_id, shipped, start
 from workflows.serve import require_free
+from workflows.store import StageError, open_root
 
 FREE_GB = 5.0  # of disk, for the shipped recipe's tables, checkpoints and Ray's own files
 PYTHONS = ((3, 11), (3, 12))

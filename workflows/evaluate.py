@@ -41,10 +41,11 @@ from schemas.manifest import FileEntry, Manifest
 from schemas.recipe import Recipe
 from schemas.tables import PREDICTIONS
 from workflows import runtime
-from workflows.commits import OtherInputsError, Root, StageError, Table, open_root, write_manifest
+from workflows.commits import Table
 from workflows.folders import local_copy, require
 from workflows.held_out import Picture, learn_blind, read_pictures
 from workflows.scores import Predictions, score
+from workflows.store import OtherInputsError, Root, StageError, open_root, write_manifest
 
 METRICS = "metrics.json"
 FREE = 96  # scenes asked without the grammar

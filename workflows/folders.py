@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
-from workflows.commits import DamagedTableError, Root, StageError, write_manifest
+from workflows.store import DamagedTableError, Root, StageError, write_manifest
 
 
 def publish(root: Root, local: Path, *folder: str, **fields: Any) -> Manifest:

@@ -17,7 +17,8 @@ from PIL import Image
 from perceptio.data.images import decode_depth16
 from perceptio.data.masks import rle_to_mask
 from perceptio.metrics.masks import ciou, overlap, union_mask
-from workflows.commits import Root, StageError, Table
+from workflows.commits import Table
+from workflows.store import Root, StageError
 
 STEPS = 65535  # inv_depth 1.0 in 16 bits
 GRID = 32  # side of the grid on which training masks are averaged, G

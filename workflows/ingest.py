@@ -38,8 +38,9 @@ from perceptio.rooms.room import Question, Room
 from schemas.manifest import Licence
 from schemas.recipe import FolderSource, Recipe, RoomsSource, section_digest
 from schemas.tables import IMAGES, Reason
-from workflows.commits import StageError, Table, open_root
+from workflows.commits import Table
 from workflows.runtime import Job, Reject, ShardResult, ahead, run_shards, settings_digest
+from workflows.store import StageError, open_root
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 RECORDS = "records.jsonl"

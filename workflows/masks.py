@@ -24,8 +24,9 @@ from perceptio.segmentation.teacher import MaskTeacher, PseudoMask
 from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import MASKS, Reason
-from workflows.commits import Table, open_root
+from workflows.commits import Table
 from workflows.runtime import Job, Reject, ShardResult, ahead, device, run_shards, settings_digest, weights
+from workflows.store import open_root
 
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`
 COLUMNS = ["id", "uri", "image", "width", "height", "turns", "masks", "boxes"]

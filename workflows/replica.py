@@ -24,10 +24,10 @@ from perceptio.generate import Perceiver, Perception
 from perceptio.generate import Request as Question
 from schemas.recipe import ServeRecipe
 from schemas.service import DepthReply, MaskReply, PerceiveReply, Rle
-from workflows.commits import open_root
 from workflows.endpoint import Query, RefusedError
 from workflows.folders import local_copy, require
 from workflows.runtime import device
+from workflows.store import open_root
 
 STUCK_S = 300.0  # a batch that takes longer means a replica that must be replaced
 

@@ -31,10 +31,11 @@ from perceptio.metrics.choices import is_right
 from perceptio.metrics.masks import iou, overlap, union_mask
 from schemas.recipe import Recipe
 from workflows.charts import Chart, Whisker, bars, curves, whisker
-from workflows.commits import Root, StageError, Table, open_root
+from workflows.commits import Table
 from workflows.folders import local_copy
 from workflows.held_out import STEPS, Picture, inv_depth, read_pictures, resized
 from workflows.pictures import data_uri, depth_colours, depth_scale, tinted
+from workflows.store import Root, StageError, open_root
 
 SHOWN = 12  # held-out scenes with pictures
 STORED = ImageLimits(min_side=1, max_pixels=2**31)

@@ -29,8 +29,8 @@ from perceptio.rooms.coco import write_coco
 from perceptio.rooms.render import render_room
 from perceptio.rooms.room import Room, RoomObject
 from schemas.recipe import Recipe
-from workflows.commits import StageError
 from workflows.runtime import start
+from workflows.store import StageError
 
 ROOMS_A_BLOCK = 16
 

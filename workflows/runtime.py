@@ -30,8 +30,9 @@ from ray.exceptions import RayError, RayTaskError
 from schemas.manifest import Licence, Manifest, ShardCommit
 from schemas.recipe import PoolRecipe, Recipe, section_digest
 from schemas.tables import REJECTS, Reason
-from workflows.commits import StageError, Table, open_root, require_same
+from workflows.commits import Table, require_same
 from workflows.progress import ShardProgress
+from workflows.store import StageError, open_root
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

@@ -29,11 +29,11 @@ from perceptio.model import CODEBOOK_FOLDER
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
-from workflows.commits import StageError, open_root
 from workflows.endpoint import RETRY_AFTER_S, Endpoint
 from workflows.folders import local_copy, require
 from workflows.replica import Model
 from workflows.runtime import start as start_ray
+from workflows.store import StageError, open_root
 
 APP = "perceptio"
 REQUEST_TIMEOUT_S = 120.0  # then the client gets 408

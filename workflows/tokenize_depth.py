@@ -23,9 +23,10 @@ from perceptio.depth.codec import DepthCodec
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from schemas.tables import CODES
-from workflows.commits import OtherInputsError, Table, open_root
+from workflows.commits import Table
 from workflows.folders import local_copy, require
 from workflows.runtime import Job, ShardResult, ahead, device, run_shards, settings_digest
+from workflows.store import OtherInputsError, open_root
 
 STEPS = 65535  # inv_depth 1.0 in 16 bits
 

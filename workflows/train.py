@@ -33,8 +33,9 @@ from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
 from schemas.recipe import Recipe, section_digest
 from workflows import runtime
-from workflows.commits import Root, StageError, Table, open_root, require_same
+from workflows.commits import Table, require_same
 from workflows.folders import local_copy, publish, require
+from workflows.store import Root, StageError, open_root
 from workflows.train_log import TrainLog, watched
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from perceptio.train.step import StepReport
-from workflows.commits import Root
+from workflows.store import Root
 
 METRICS_NAME = "metrics.jsonl"
 LOG_EVERY_S = 15.0

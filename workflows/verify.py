@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from schemas.manifest import FileEntry, Manifest, ShardCommit
 from schemas.recipe import Recipe
 from schemas.tables import REJECTS, TABLES
-from workflows.commits import DamagedTableError, Root, StageError, Table, content_digest, open_root, table_digest
+from workflows.commits import Table, content_digest, table_digest
+from workflows.store import DamagedTableError, Root, StageError, open_root
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from workflows import depth, runtime
-from workflows.commits import open_root
 from workflows.folders import publish
+from workflows.store import open_root
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROOMS = CHECKOUT / "workflows" / "recipes" / "rooms.yaml"

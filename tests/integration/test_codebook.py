@@ -18,7 +18,8 @@ from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from schemas.tables import DEPTH, REJECTS
 from workflows import codebook
-from workflows.commits import OtherInputsError, StageError, Table, open_root
+from workflows.commits import Table
+from workflows.store import OtherInputsError, StageError, open_root
 
 RECIPE = Path(codebook.__file__).parent / "recipes" / "rooms.yaml"
 SMALL = (

@@ -26,8 +26,9 @@ from perceptio.depth.teacher import DepthTeacher
 from schemas.recipe import Recipe
 from schemas.tables import Reason
 from workflows import assemble, depth, ingest, runtime, tokenize_depth, verify
-from workflows.commits import DamagedTableError, OtherInputsError, Table, open_root
+from workflows.commits import Table
 from workflows.runtime import NotEnoughError, TooManyRejectsError
+from workflows.store import DamagedTableError, OtherInputsError, open_root
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 LIMITS = ImageLimits(1, 10**9)

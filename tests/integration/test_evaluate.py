@@ -15,7 +15,7 @@ from schemas.tables import PREDICTIONS
 from tests.tables import SCENES, fill, published, recipe_in
 from tests.tiny import tiny_model
 from workflows import evaluate
-from workflows.commits import OtherInputsError, Root, open_root
+from workflows.store import OtherInputsError, Root, open_root
 
 
 @dataclass(frozen=True)

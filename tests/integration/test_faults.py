@@ -21,7 +21,8 @@ from conftest import CHECKOUT, recipe_of, rooms
 from schemas.manifest import Manifest, ShardCommit
 from schemas.recipe import Recipe
 from workflows import ingest, verify
-from workflows.commits import Table, open_root
+from workflows.commits import Table
+from workflows.store import open_root
 
 ROOMS, PER_SHARD = 60, 4
 SHARDS = ROOMS // PER_SHARD

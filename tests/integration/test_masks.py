@@ -16,8 +16,9 @@ from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from schemas.tables import Reason
 from workflows import ingest, masks
-from workflows.commits import OtherInputsError, Table, open_root
+from workflows.commits import Table
 from workflows.runtime import TooManyRejectsError
+from workflows.store import OtherInputsError, open_root
 
 ROOMS = Path(masks.__file__).parent / "recipes" / "rooms.yaml"
 SOURCES = (

@@ -27,8 +27,8 @@ from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from tests.tiny import tiny_model
 from workflows import serve
-from workflows.commits import DamagedTableError, StageError, open_root
 from workflows.folders import publish
+from workflows.store import DamagedTableError, StageError, open_root
 
 ROOMS = Path(serve.__file__).parent / "recipes" / "rooms.yaml"
 WIDTH, HEIGHT = 60, 40

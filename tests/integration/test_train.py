@@ -21,7 +21,8 @@ from schemas.recipe import Recipe
 from tests.tables import fill, published, recipe_in
 from tests.tiny import tiny_parts
 from workflows import train
-from workflows.commits import StageError, Table, open_root
+from workflows.commits import Table
+from workflows.store import StageError, open_root
 from workflows.train_log import read_metrics
 
 STEPS, EVERY = 12, 3

@@ -11,14 +11,8 @@ import pytest
 
 from schemas.manifest import Manifest, ShardCommit
 from schemas.tables import CODES, REJECTS, Reason
-from workflows.commits import (
-    DamagedTableError,
-    OtherInputsError,
-    StageError,
-    Table,
-    content_digest,
-    open_root,
-)
+from workflows.commits import Table, content_digest
+from workflows.store import DamagedTableError, OtherInputsError, StageError, open_root
 from workflows.verify import problems_of
 
 ROWS = 4

@@ -21,8 +21,9 @@ from schemas.recipe_file import load_recipe
 from schemas.tables import DEPTH, IMAGES, PREDICTIONS, REJECTS, SAMPLES
 from tests.tiny import tiny_parts
 from workflows import charts, pictures, report
-from workflows.commits import Root, StageError, Table, open_root
+from workflows.commits import Table
 from workflows.folders import publish
+from workflows.store import Root, StageError, open_root
 
 ROOMS = Path(report.__file__).parent / "recipes" / "rooms.yaml"
 EVIL = "<script>alert(1)</script>"
