@@ -12,6 +12,7 @@ from perceptio.sources.record import SourceError, shown
 CHUNK = 2**20  # bytes that are read at once
 LONGEST_ITEM = 2**26  # characters; a conversation has some thousands
 _SPACE = " \t\r\n"
+_BEHIND = (*_SPACE, ",", "]")  # a value of an array
 
 
 def array_items(stream: BinaryIO, where: str) -> Iterator[Any]:
@@ -63,7 +64,7 @@ class _Text:
                 if not self._more():
                     raise self.broken(str(error)) from error
                 continue
-            if end < len(self.text) or not self._more():  # a number at the very end may go on
+            if self.text[end : end + 1] in _BEHIND or not self._more():  # a number may go on in the next piece
                 self.at = end
                 return found
 
