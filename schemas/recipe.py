@@ -76,6 +76,9 @@ class IngestRecipe(Section):
     max_pixels: Positive = Field(description="larger images are rejected before they are decoded")
     max_side: Positive = Field(description="pixels; larger images are scaled down to it, keeping the aspect ratio")
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    contamination: Literal["reject", "report"] = Field(
+        default="reject", description="what becomes of a training image that a held-out source has too"
+    )
     pool: PoolRecipe
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import posixpath
 import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 
 from schemas.manifest import MANIFEST_NAME, Manifest
 
+READERS = 16  # threads for many small files: waiting for the store is all the work
 STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
 
 
@@ -47,6 +50,24 @@ class Root:
         except FileNotFoundError:
             return None
         return data
+
+    def read_many(self, paths: Sequence[str]) -> dict[str, bytes | None]:
+        """The bytes of many small files under the root, by path; None where there is no such file."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(paths, pool.map(self.read, paths), strict=True))
+
+    def require_exclusive_create(self, *folder: str) -> None:
+        """Raises StageError where the store lets an exclusive create replace a file: two attempts could both win."""
+        name = f"probe-{secrets.token_hex(8)}"
+        try:
+            first, second = self.create(b"first", *folder, name), self.create(b"second", *folder, name)
+        finally:
+            self.delete(*folder, name)
+        if not first or second:
+            raise StageError(
+                f"root '{self.uri}': an exclusive create replaced a file that stood; the store must honour"
+                " If-None-Match (local disks and S3 do)"
+            )
 
     def write(self, data: bytes, *parts: str) -> None:
         """Writes or replaces a file: readers see all of it or nothing."""
