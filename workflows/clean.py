@@ -54,7 +54,7 @@ def _strays(table: Table, now: float) -> Iterator[Stray]:
         if part is None:
             continue  # not ours to judge
         path = posixpath.normpath(posixpath.join(table.name, table.source, name))
-        size, age = table.root.info(path, now)
+        size, age = table.root.size_and_age(path, now)
         if int(part[1]) in commits:
             yield Stray(path, size, "an older revision, or an attempt that lost")
         elif finished or age > LOST_AFTER_S:
@@ -71,8 +71,8 @@ def _drafts(root: Root, folders: list[str], now: float) -> Iterator[Stray]:
     """Half-written files that a killed process left; a day old, since a live one renames its own within seconds."""
     for folder in dict.fromkeys(folders):
         for name in root.files(folder):
-            if "~" in name or name.startswith("probe-"):
+            if "~" in name or name.startswith("_exclusive-"):
                 path = posixpath.join(folder, name)
-                size, age = root.info(path, now)
+                size, age = root.size_and_age(path, now)
                 if age > LOST_AFTER_S:
                     yield Stray(path, size, "a draft of a killed process")

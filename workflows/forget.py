@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from schemas.tables import ID_DIGITS
 
 from schemas.manifest import Manifest, ShardCommit
 from schemas.recipe import Recipe
-from schemas.tables import LISTING, REJECTS, Reason
+from schemas.tables import ID_DIGITS, LISTING, REJECTS, Reason
 from workflows.commits import Table
 from workflows.drop import without
 from workflows.folders import FORGOTTEN_NAME
