@@ -47,14 +47,13 @@ def snapshot(codebook: DepthCodebook) -> dict[str, Tensor]:
 
 def save_progress(folder: Path, codebook: DepthCodebook, optimizer: Optimizer, progress: Progress) -> None:
     """Writes the state into `folder`. `optimizer` has the codebook's parameters in their own order."""
-    save_file(snapshot(codebook), folder / CURRENT)
     names = [name for name, _ in codebook.named_parameters()]
     kept = optimizer.state_dict()["state"].items()
     tensors = {f"{names[i]}/{key}": tensor.detach().cpu().contiguous() for i, s in kept for key, tensor in s.items()}
-    save_file(tensors, folder / OPTIMIZER)
-    if progress.best is not None:
-        save_file(progress.best, folder / BEST)
-    written = [name for name in (CURRENT, OPTIMIZER, BEST) if (folder / name).is_file()]
+    files = {CURRENT: snapshot(codebook), OPTIMIZER: tensors, BEST: progress.best}
+    written = {name: content for name, content in files.items() if content is not None}
+    for name, content in written.items():
+        save_file(content, folder / name)
     state = {
         "step": progress.step,
         "figures": progress.figures,
