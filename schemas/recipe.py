@@ -111,6 +111,8 @@ class CodebookRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     sample_rows: Positive = Field(description="depth maps that it is trained from")
     workers: Positive
+    checkpoint_every: Positive = Field(description="steps between saved states; changes no result")
+    max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="deaths of workers that a run survives")
 
     @property
     def tokens(self) -> int:
