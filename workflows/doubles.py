@@ -60,7 +60,8 @@ def _groups(shards: list[tuple[Table, ShardCommit]], turn: int, passes: int) -> 
 
     def ids(shard: tuple[Table, ShardCommit]) -> npt.NDArray[np.uint64]:
         keys = np.array([int(key, 16) for key in shard[0].ids_of(shard[1])], np.uint64)
-        return keys[keys % np.uint64(passes) == turn]
+        mine: npt.NDArray[np.uint64] = keys[keys % np.uint64(passes) == turn]
+        return mine
 
     with ThreadPoolExecutor(READERS) as pool:
         parts = list(pool.map(ids, shards))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import posixpath
 import tempfile
 import time
@@ -15,6 +16,9 @@ from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from workflows.store import DamagedTableError, Root, StageError, write_manifest
 
 CLAIM_NAME = "claim.txt"
+FORGOTTEN_NAME = "FORGOTTEN.json"  # `forget` puts it beside what had seen a forgotten image
+
+log = logging.getLogger(__name__)
 
 
 def publish(root: Root, local: Path, *folder: str, **fields: Any) -> Manifest:
@@ -86,6 +90,9 @@ def require(root: Root, *folder: str, stage: str) -> Manifest:
     manifest = root.manifest(*folder)
     if manifest is None:
         raise StageError(f"{root.uri}: {posixpath.join(*folder)} has no {MANIFEST_NAME}: run `{stage}` first")
+    if root.exists(*folder, FORGOTTEN_NAME):
+        name = posixpath.join(*folder)
+        log.warning("%s was made from images that were forgotten since: delete it and run `%s` again", name, stage)
     return manifest
 
 

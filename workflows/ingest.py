@@ -156,7 +156,8 @@ def _licence(source: Source) -> Licence:
 
 
 def _listing(work: Work) -> list[Row]:
-    return work.rows(LISTING.names).to_pylist()
+    rows: list[Row] = work.rows(LISTING.names).to_pylist()
+    return rows
 
 
 def _read(source: Reader, item: Item) -> Iterator[Found | Refused]:
