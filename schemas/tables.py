@@ -158,6 +158,10 @@ class Reason(StrEnum):
     UPSTREAM_REJECT = "upstream_reject"
     IN_EVALUATION_SPLIT = "in_evaluation_split"
     FORGOTTEN = "forgotten"
+    TEXT_ONLY = "text_only"
+    UNREACHABLE = "unreachable"
+    DAMAGED_ARCHIVE = "damaged_archive"
 
 
-BY_RULE = (Reason.UPSTREAM_REJECT, Reason.IN_EVALUATION_SPLIT, Reason.FORGOTTEN)  # not the input's fault
+# refused by rule, not for a fault: these do not count against max_reject_share
+BY_RULE = (Reason.UPSTREAM_REJECT, Reason.TEXT_ONLY, Reason.IN_EVALUATION_SPLIT, Reason.FORGOTTEN)

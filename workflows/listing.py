@@ -54,8 +54,9 @@ def listed(recipe: Recipe, root: Root, source: Source, *, more: bool = False) ->
     commits = table.committed()
     known = _numbers(key for shard in sorted(commits) for key in table.ids_of(commits[shard]))
     attempt, new = attempt_id(), _unknown(reader(source).items(), known, rows)
+    guess = 1 if isinstance(source, RoomsSource) else rows  # rows of an item that does not say how many it has
     try:
-        for shard, items in enumerate(_shards(new, rows), start=len(commits)):
+        for shard, items in enumerate(_shards(new, rows, guess), start=len(commits)):
             made = pa.Table.from_pylist(list(_rows(items)), schema=LISTING)
             commits[shard] = table.commit(shard, attempt, made, REJECTS.empty_table(), made.num_rows)
             if commits[shard].attempt != attempt:
@@ -82,12 +83,12 @@ def _rows(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
         yield {**asdict(item), "id": item.id if seen[item.id] == 1 else again}
 
 
-def _shards(items: Iterable[Item], rows_per_shard: int) -> Iterator[list[Item]]:
-    """Items of together at most rows_per_shard rows; one whose rows are not known, or too many, is a shard alone."""
+def _shards(items: Iterable[Item], rows_per_shard: int, guess: int) -> Iterator[list[Item]]:
+    """Items of together at most rows_per_shard rows, `guess` where they are not known; one that has more is alone."""
     waiting: list[Item] = []
     rows = 0
     for item in items:
-        weight = item.rows or rows_per_shard
+        weight = item.rows or guess
         if waiting and rows + weight > rows_per_shard:
             yield waiting
             waiting, rows = [], 0
