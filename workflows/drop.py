@@ -39,11 +39,12 @@ def without(table: Table, commit: ShardCommit, drops: Drops) -> ShardResult:
     rows, refused = table.rows_of(commit), [stored_reject(row) for row in table.rejects_of(commit).to_pylist()]
     numbers = np.setdiff1d(np.arange(commit.read), [reject.row for reject in refused])
     ids = rows["id"].to_pylist()
+    uris = rows["uri"].to_pylist() if "uri" in rows.column_names else [""] * len(ids)
     rejects = [_blank(reject, drops) for reject in refused]
-    for number, key in zip(numbers.tolist(), ids, strict=True):
+    for number, key, uri in zip(numbers.tolist(), ids, uris, strict=True):
         if key in drops:
             reason, message = drops[key]
-            rejects.append(Reject(reason, message, key, row=number))
+            rejects.append(_blank(Reject(reason, message, key, uri, number), drops))
     kept = rows.filter(pa.array([key not in drops for key in ids], pa.bool_()))
     return ShardResult(kept, commit.read, sorted(rejects, key=lambda reject: reject.row))
 
