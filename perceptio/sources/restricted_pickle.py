@@ -80,7 +80,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
-        """Carries out one opcode. Raises SourceError for one that is not allowed, _DamagedError for one out of place."""
+        """Carries out one opcode. Raises SourceError for a forbidden one, _DamagedError for one out of place."""
         if opcode in _VALUES:
             self.stack.append(argument)
         elif opcode in _CONSTANTS:
