@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from perceptio.sources.record import Found, Item, Reader, Refused
 from PIL import Image
 
 from perceptio.data.images import ImageError, ImageLimits, StoredImage, decode_depth16, encode_depth16, stored
 from perceptio.data.masks import Rle, masks_to_rle, rle_to_mask
+from perceptio.sources.record import Found, Item, Reader, Refused
 from schemas.manifest import Licence
 from schemas.recipe import Recipe, RoomsSource, Source
 from schemas.tables import IMAGES, LISTING, Reason

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
 from perceptio.sources.open import reader_of
 from perceptio.sources.record import Item, Reader, SourceError
-
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe, RoomsSource, Source, section_digest
 from schemas.tables import ID_DIGITS, LISTING, REJECTS

@@ -31,7 +31,8 @@ def rows(shard: int, count: int = ROWS) -> pa.Table:
 def rejects(shard: int, count: int = 1) -> pa.Table:
     where = {"stage": "tokenize", "source": "rooms", "shard": shard, "id": "", "message": "cut off"}
     return pa.Table.from_pylist(
-        [{**where, "row": ROWS + i, "uri": f"{i}.png", "reason": Reason.TRUNCATED_IMAGE.value} for i in range(count)], schema=REJECTS
+        [{**where, "row": ROWS + i, "uri": f"{i}.png", "reason": Reason.TRUNCATED_IMAGE.value} for i in range(count)],
+        schema=REJECTS,
     )
 
 
