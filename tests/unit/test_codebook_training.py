@@ -11,6 +11,7 @@ from perceptio.depth.codebook_state import BEST, CURRENT, OPTIMIZER, Progress, S
 from perceptio.depth.codebook_training import WARM_UP, Plan, Share, batch_rows, learn, measure, rate
 
 CONFIG = CodebookConfig(image_size=16, codes=16, dim=8, channels=(8, 8), residual_blocks=1, gradient_weight=0.1)
+RESTLESS = replace(CONFIG, dead_below=8.0)  # some code is restarted at nearly every step
 PLAN = Plan(steps=40, batch=8, learning_rate=5e-3, seed=3, checkpoint_every=5)
 QUANTIZING_FROM = int(WARM_UP * PLAN.steps)
 
@@ -39,7 +40,7 @@ def untrained(config: CodebookConfig = CONFIG, seed: int = 0) -> tuple[DepthCode
 
 def trained(folder: Path, die_at: int | None = None) -> tuple[DepthCodebook, Progress]:
     """A training from the start that saves into `folder`, and dies right after it saved step `die_at`."""
-    codebook, optimizer = untrained()
+    codebook, optimizer = untrained(RESTLESS)
     progress = Progress()
 
     def save(progress: Progress) -> None:
@@ -72,7 +73,7 @@ def test_a_resumed_training_ends_with_the_codebook_of_an_undisturbed_one(tmp_pat
     undisturbed, expected = trained(tmp_path)
     with pytest.raises(StopError):
         trained(tmp_path, die_at=step)
-    codebook, optimizer = untrained(seed=99)
+    codebook, optimizer = untrained(RESTLESS, seed=99)
     progress = load_progress(tmp_path, codebook, optimizer)
     assert (progress.step, progress.resumed_at) == (step, [step])
     assert codebook.digest != undisturbed.digest
@@ -103,7 +104,7 @@ def test_a_saved_state_is_tensors_and_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [CURRENT, OPTIMIZER, BEST])
 def test_a_damaged_or_missing_file_is_named_and_nothing_is_loaded(tmp_path: Path, name: str) -> None:
     trained(tmp_path)
-    codebook, optimizer = untrained(seed=5)
+    codebook, optimizer = untrained(RESTLESS, seed=5)
     before = codebook.digest
     data = bytearray((tmp_path / name).read_bytes())
     data[-1] ^= 1
@@ -118,7 +119,7 @@ def test_a_damaged_or_missing_file_is_named_and_nothing_is_loaded(tmp_path: Path
 
 def test_a_torn_list_and_another_codebooks_state_are_refused(tmp_path: Path) -> None:
     trained(tmp_path)
-    codebook, optimizer = untrained(CodebookConfig(image_size=16, codes=8, dim=8, channels=(8, 8), residual_blocks=1))
+    codebook, optimizer = untrained(replace(RESTLESS, codes=8))
     with pytest.raises(StateError, match="of another codebook"):
         load_progress(tmp_path, codebook, optimizer)
     text = (tmp_path / "state.json").read_text()
@@ -153,7 +154,7 @@ def kill_code(codebook: DepthCodebook) -> torch.Tensor:
 
 @pytest.mark.parametrize(("dead_below", "comes_back"), [(1.0, True), (0.0, False)])
 def test_a_dead_code_comes_back_to_the_features(dead_below: float, comes_back: bool) -> None:
-    codebook, _ = untrained(CodebookConfig(**{**vars(CONFIG), "dead_below": dead_below}))
+    codebook, _ = untrained(replace(CONFIG, dead_below=dead_below))
     maps = SHARE.train_RSS.float() / 65535
     codebook(maps)
     far = kill_code(codebook)
@@ -168,7 +169,7 @@ def test_start_and_restart_keep_more_codes_in_use_than_codes_laid_out_blindly() 
     plan = replace(PLAN, steps=200)
     codebook, ours_optimizer = untrained()
     learn(codebook, codebook, ours_optimizer, SHARE, plan, Progress(), lambda progress: None)
-    blind, optimizer = untrained(CodebookConfig(**{**vars(CONFIG), "dead_below": 0.0}))
+    blind, optimizer = untrained(replace(CONFIG, dead_below=0.0))
     inside = blind.quantizer._codebook
     with torch.no_grad():
         vectors = torch.randn(CONFIG.codes, CONFIG.dim, generator=torch.Generator().manual_seed(0))
@@ -176,5 +177,5 @@ def test_start_and_restart_keep_more_codes_in_use_than_codes_laid_out_blindly() 
         inside.initted.fill_(True)
     learn(blind, blind, optimizer, SHARE, plan, Progress(), lambda progress: None)
     ours, theirs = (measure(one, SHARE.held_out_RSS).figures for one in (codebook, blind))
-    assert ours["usage"] > 0.8 > 0.5 > theirs["usage"]
+    assert ours["usage"] > 0.7 > 0.4 > theirs["usage"]
     assert ours["perplexity"] > theirs["perplexity"]
