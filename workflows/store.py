@@ -199,6 +199,11 @@ class Root:
             return retried(call, what)
         except StoreError as error:
             raise StageError(str(error)) from error
+        except FileNotFoundError as error:
+            answer = answer_of(error)
+            if answer is not None and answer.response["Error"].get("Code") == "NoSuchBucket":
+                raise StageError(f"{what}: there is no such bucket: make it, or choose another root") from error
+            raise
         except PermissionError as error:
             raise StageError(f"{what}: refused ({error}): give these keys the right to do so, or use others") from error
 

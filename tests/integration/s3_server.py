@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -94,7 +95,7 @@ class FaultyProxy:
         return draw.choice(kinds), draw.random() < 0.5
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):  # the last when we close
             while await self._request(reader, writer):
                 pass
         writer.close()
@@ -110,7 +111,7 @@ class FaultyProxy:
         if self.faults.drop_if_none_match:
             headers.pop("if-none-match", None)
         self.requests[method] += 1
-        fault = self._fault(f"{method} {target}", answer_is_cut=method == "GET")
+        fault = self._fault(f"{method} {re.sub('uploadId=[^&]*', 'uploadId', target)}", answer_is_cut=method == "GET")
         if fault is None:
             writer.write(await self._store(method, target, headers, body))
             await writer.drain()
