@@ -158,6 +158,14 @@ def record_of(text: str) -> Record:
         raise RowError(Reason.BAD_RECORD, problems_of(error)) from error
 
 
+def checked(values: dict[str, Any]) -> Record:
+    """The record of these fields. Raises RowError with the names of the wrong ones."""
+    try:
+        return Record.model_validate(values)
+    except ValidationError as error:
+        raise RowError(Reason.BAD_RECORD, problems_of(error)) from error
+
+
 def problems_of(error: ValidationError) -> str:
     """Each wrong field with what is wrong with it, the first five of them."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
