@@ -18,7 +18,7 @@ import yaml
 from cluster.pipeline import script
 from cluster.pods import RECIPE, WEIGHTS, WEIGHTS_CLAIM, Workers, Yaml, ray_cluster, submitter
 from cluster.settings import NodeGroup, Settings
-from schemas.recipe import FolderSource, PoolRecipe, Recipe, RecipeError
+from schemas.recipe import PoolRecipe, Recipe, RecipeError
 
 STAGES = ("ingest", "depth", "masks", "codebook", "tokenize", "assemble", "train", "evaluate")
 FENCED = ("ingest", "depth", "masks", "tokenize", "assemble")  # stages whose shards only one attempt can commit
@@ -146,7 +146,10 @@ def _nodes(stage: str, actors: int, cpus: float, gpus: float, name: str, group: 
 def _check_places(recipe: Recipe) -> None:
     """Raises RecipeError for what pods could not reach: they share S3 and the weights' volume, no other disk."""
     places = {"root": recipe.root}
-    places |= {f"sources.{s.name}.path": s.path for s in recipe.sources if isinstance(s, FolderSource)}
+    for source in recipe.sources:
+        for field in ("path", "images"):
+            if place := getattr(source, field, None):
+                places[f"sources.{source.name}.{field}"] = place
     for field, place in places.items():
         if not place.startswith("s3://"):
             raise RecipeError(f"{field} '{place}' is no s3:// address: pods share no disk, so put it on S3")

@@ -1,6 +1,7 @@
 """The recipe: everything that a run depends on, as frozen pydantic models read from one YAML file.
 
-`schemas.recipe_file` reads it. What changes results (seed, grid, codes, weights) has no default here.
+`schemas.recipe_file` reads it; its sources are in `schemas.sources`. What changes results (seed, grid, codes, weights)
+has no default here.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+from schemas.section import Positive as Positive
+from schemas.section import Section as Section
+from schemas.section import Share, Weight
+from schemas.sources import FileSource as FileSource
+from schemas.sources import FolderSource as FolderSource
+from schemas.sources import RoomsSource as RoomsSource
+from schemas.sources import Source as Source
 
 
 class RecipeError(ValueError):
@@ -21,37 +26,6 @@ class RecipeError(ValueError):
 
 
 SpatialName = Literal["seg", "depth_start", "code", "depth_end"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class RoomsSource(Section):
-    """Rooms that the project renders itself."""
-
-    format: Literal["rooms"]
-    name: str
-    count: Positive
-    size: Positive = Field(description="image side in pixels")
-    seed: int = Field(description="layout seed; training and held-out sources must differ")
-    questions: tuple[str, ...] = Field(description="kinds of questions to keep, e.g. [referring, count]; [] for none")
-    exact_masks: bool = Field(description="true: the record carries exact masks; false: boxes only, for `masks`")
-    held_out: bool = False
-
-
-class FolderSource(Section):
-    """A plain folder of images, with an optional `records.jsonl` of turns beside them."""
-
-    format: Literal["folder"]
-    name: str
-    path: str
-    held_out: bool = False
-
-
-Source = Annotated[RoomsSource | FolderSource, Field(discriminator="format")]
 
 
 class PoolRecipe(Section):
@@ -76,6 +50,9 @@ class IngestRecipe(Section):
     max_pixels: Positive = Field(description="larger images are rejected before they are decoded")
     max_side: Positive = Field(description="pixels; larger images are scaled down to it, keeping the aspect ratio")
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    contamination: Literal["reject", "report"] = Field(
+        default="reject", description="what becomes of a training image that a held-out source has too"
+    )
     pool: PoolRecipe
 
 
@@ -108,6 +85,8 @@ class CodebookRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     sample_rows: Positive = Field(description="depth maps that it is trained from")
     workers: Positive
+    checkpoint_every: Positive = Field(description="steps between saved states; changes no result")
+    max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="deaths of workers that a run survives")
 
     @property
     def tokens(self) -> int:
@@ -320,7 +299,7 @@ class Recipe(Section):
                 raise ValueError(f"train.mixture.{i}.source '{entry.source}' is held out: never train on it")
         return self
 
-    def source(self, name: str) -> RoomsSource | FolderSource:
+    def source(self, name: str) -> RoomsSource | FileSource:
         """The source of that name."""
         return next(source for source in self.sources if source.name == name)
 

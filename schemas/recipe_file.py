@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.recipe import Recipe, RecipeError
 
+PLACES = {"path", "images"}  # fields of a source
+
 
 def load_recipe(path: Path, *, overrides: Sequence[str] = (), root: str | None = None) -> Recipe:
     """The recipe in `path`, with `extends` followed and overrides ("dotted.key=value", value in YAML) applied.
@@ -26,12 +28,21 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = (), root: str | None =
         _assign(values, override)
     if root is not None:
         values["root"] = root
-    if "root" in values and "://" not in str(values["root"]):
-        values["root"] = str(Path(values["root"]).resolve())  # workers have another working folder
+    if "root" in values:
+        values["root"] = _absolute(values["root"])
+    for source in values["sources"] if isinstance(values.get("sources"), list) else ():
+        for key in PLACES & source.keys() if isinstance(source, dict) else ():
+            source[key] = _absolute(source[key])
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{path}: " + "; ".join(_explain(error))) from error
+
+
+def _absolute(place: Any) -> Any:
+    """A local path from its root on, for workers have another working folder; anything else as it is."""
+    local = isinstance(place, str) and place and "://" not in place
+    return str((Path(place).expanduser() if place.startswith("~/") else Path(place)).resolve()) if local else place
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def _assign(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part not in ("rooms", "folder"))
+        where = ".".join(str(part) for part in _fields(item["loc"]))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(item["loc"][-1]), sorted(_known_keys(Recipe)), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -92,6 +103,11 @@ def _explain(error: ValidationError) -> Iterator[str]:
         else:
             seen = "" if isinstance(item["input"], dict | list) else f" = {item['input']!r}"
             yield f"'{where}'{seen}: {item['msg']}" if where else item["msg"]
+
+
+def _fields(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The place of an error less the source's format, which pydantic puts behind its number."""
+    return loc[:2] + loc[3:] if loc[:1] == ("sources",) else loc
 
 
 def _known_keys(model: type[BaseModel]) -> set[str]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import posixpath
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from perceptio.data.store import StoreError, answer_of, filesystem, retried
@@ -113,6 +115,36 @@ class Root:
         except FileNotFoundError:
             return []
         return sorted(posixpath.basename(entry["name"]) for entry in found if entry["type"] == "file")
+
+    def folders(self, *parts: str) -> list[str]:
+        """Names of the folders in a folder, sorted."""
+        path = self.at(*parts)
+        try:
+            found = self._ask("listing", path, lambda: self.fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry["name"].rstrip("/")) for entry in found if entry["type"] == "directory")
+
+    def columns(self, names: Sequence[str], *parts: str) -> pa.Table:
+        """Some columns of a Parquet file; nothing else of it is read. Raises DamagedTableError where it cannot be."""
+        path = self.at(*parts)
+
+        def read() -> pa.Table:
+            with self.fs.open(path, "rb") as stream:
+                return pq.read_table(stream, columns=list(names))
+
+        try:
+            return self._ask("reading", path, read)
+        except FileNotFoundError as error:
+            raise DamagedTableError(f"file {path} is missing: restore it, or delete its marker and rerun") from error
+        except pa.ArrowException as error:
+            raise DamagedTableError(f"file {path} is no Parquet file ({error}): restore it, or rerun") from error
+
+    def size_and_age(self, path: str, now: float) -> tuple[int, float]:
+        """Bytes of a file under the root, and seconds since it was written."""
+        info = self._ask("looking at", self.at(path), lambda: self.fs.info(self.at(path)))
+        written = info.get("mtime", info.get("LastModified"))
+        return int(info["size"]), now - (written.timestamp() if hasattr(written, "timestamp") else float(written))
 
     def delete(self, *parts: str) -> None:
         """Deletes a file; one that is gone already is no error."""
