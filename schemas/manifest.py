@@ -25,10 +25,12 @@ class FileEntry(Frozen):
 
 
 class ShardCommit(Frozen):
-    """A shard's marker: written by exclusive create, so one attempt wins."""
+    """A shard's marker: written by exclusive create, so one attempt wins. The highest revision of a shard counts."""
 
     shard: int = Field(ge=0)
+    revision: int = Field(default=0, ge=0)  # + 1 each time that rows were taken out, tried again or made from others
     attempt: str
+    inputs: dict[str, str] = {}  # table -> content digest of that table's shard, from which this one is made
     read: int = Field(ge=0)
     kept: int = Field(ge=0)
     rejected: int = Field(ge=0)
@@ -66,7 +68,7 @@ class Manifest(Frozen):
     attempt: str
     recipe: str  # digest of the recipe
     code: str  # version of the package, and the commit where it is known
-    inputs: dict[str, str] = {}  # name -> digest of each input manifest, weights, codebook
+    inputs: dict[str, str] = {}  # what all rows depend on: name -> digest of settings, weights, codebook
     licences: tuple[Licence, ...] = ()
     read: int = Field(default=0, ge=0)
     kept: int = Field(default=0, ge=0)

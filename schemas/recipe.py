@@ -50,6 +50,9 @@ class IngestRecipe(Section):
     max_pixels: Positive = Field(description="larger images are rejected before they are decoded")
     max_side: Positive = Field(description="pixels; larger images are scaled down to it, keeping the aspect ratio")
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    contamination: Literal["reject", "report"] = Field(
+        default="reject", description="what becomes of a training image that a held-out source has too"
+    )
     pool: PoolRecipe
 
 
@@ -82,6 +85,8 @@ class CodebookRecipe(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     sample_rows: Positive = Field(description="depth maps that it is trained from")
     workers: Positive
+    checkpoint_every: Positive = Field(description="steps between saved states; changes no result")
+    max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="deaths of workers that a run survives")
 
     @property
     def tokens(self) -> int:

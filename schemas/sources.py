@@ -39,6 +39,7 @@ class FolderSource(Section):
     name: str
     path: Location
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class RefcocoSource(Section):
@@ -52,6 +53,7 @@ class RefcocoSource(Section):
     split: Literal["train", "val", "testA", "testB", "test"]
     max_file_bytes: Positive = Field(default=2**30, description="a larger refs or instances file is not opened")
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class CocoSource(Section):
@@ -71,6 +73,7 @@ class CocoSource(Section):
     )
     max_file_bytes: Positive = Field(default=2**30, description="a larger JSON file is not opened")
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class LlavaSource(Section):
@@ -84,6 +87,7 @@ class LlavaSource(Section):
     path: Location = Field(description="JSON file: an array of {id, image, conversations: [{from, value}, ...]}")
     images: Location = Field(description="folder that the records' `image` is relative to")
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class ParquetColumns(Section):
@@ -127,6 +131,7 @@ class ParquetSource(Section):
     kind: str = Field(default="vqa", description="kind of the turns that `question` and `answer` make")
     rows_per_item: Positive = Field(default=512, description="most rows that are read at once, within a row group")
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class RgbdSource(Section):
@@ -145,6 +150,7 @@ class RgbdSource(Section):
         description="units of a metre in the depth files: 1000 for millimetres, 5000 for TUM, 256 for KITTI"
     )
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class WebDatasetSource(Section):
@@ -162,6 +168,7 @@ class WebDatasetSource(Section):
     class_names: tuple[str, ...] = Field(default=(), description="by number; without them the number is the answer")
     max_member_bytes: Positive = Field(default=2**28, description="a larger file of a shard is refused")
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 class ListSource(Section):
@@ -181,6 +188,7 @@ class ListSource(Section):
         default=False, description="true: hosts may be inside this network; false: public addresses only"
     )
     held_out: bool = False
+    licence: str = Field(default="unknown", description="SPDX identifier; it travels in the manifests")
 
 
 FileSource = (

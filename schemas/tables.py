@@ -11,8 +11,22 @@ from enum import StrEnum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-READABLE_VERSIONS = (1,)
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (2,)
+ID_DIGITS = 16  # of the SHA-256 that an id begins
+
+LISTING = pa.schema(
+    [
+        ("id", pa.string()),  # 16 hex digits of the SHA-256 of "uri#first"
+        ("uri", pa.string()),  # of the file that holds the rows: an image, a Parquet file, a tar
+        ("first", pa.int64()),  # the first row within a Parquet file; a room's number; else 0
+        ("rows", pa.int32()),  # rows that it stands for: 1 a file, n a range, 0 = known only when it is read
+        ("size", pa.int64()),  # bytes of the file as listed, -1 where the listing does not say
+        ("record", pa.string()),  # questions, boxes and masks as JSON, "" where there are none
+        ("reason", pa.string()),  # a `Reason` to refuse it that was found while listing, else ""
+        ("message", pa.string()),
+    ]
+)
 
 RLE = pa.struct(
     [
@@ -99,6 +113,7 @@ REJECTS = pa.schema(
         ("stage", pa.string()),
         ("source", pa.string()),
         ("shard", pa.int32()),
+        ("row", pa.int64()),  # number of the row that was read, within the shard
         ("id", pa.string()),  # "" where it was refused before it had one
         ("uri", pa.string()),
         ("reason", pa.string()),  # a `Reason`
@@ -119,20 +134,7 @@ PREDICTIONS = pa.schema(
     ]
 )
 
-LISTING = pa.schema(
-    [
-        ("id", pa.string()),  # first 16 hex digits of the SHA-256 of uri#first (and message, if it has one)
-        ("uri", pa.string()),  # of the file to read; of what is refused, where the problem lies
-        ("first", pa.int64()),  # first row within a Parquet file, else 0
-        ("rows", pa.int32()),  # images that it stands for; 0 = not known before reading
-        ("size", pa.int64()),  # bytes, as listed; -1 = not known
-        ("record", pa.string()),  # JSON of a `perceptio.sources.record.Record`, or ""
-        ("reason", pa.string()),  # a `Reason` where listing found a problem, else ""
-        ("message", pa.string()),  # what the problem is, else ""
-    ]
-)
-
-TABLES = {"images": IMAGES, "depth": DEPTH, "masks": MASKS, "codes": CODES, "samples": SAMPLES}
+TABLES = {"listing": LISTING, "images": IMAGES, "depth": DEPTH, "masks": MASKS, "codes": CODES, "samples": SAMPLES}
 
 
 class Reason(StrEnum):
@@ -154,6 +156,12 @@ class Reason(StrEnum):
     NO_RECORDED_DEPTH = "no_recorded_depth"
     LOW_MASK_QUALITY = "low_mask_quality"
     UPSTREAM_REJECT = "upstream_reject"
+    IN_EVALUATION_SPLIT = "in_evaluation_split"
+    FORGOTTEN = "forgotten"
     TEXT_ONLY = "text_only"
     UNREACHABLE = "unreachable"
     DAMAGED_ARCHIVE = "damaged_archive"
+
+
+# refused by rule, not for a fault: these do not count against max_reject_share
+BY_RULE = (Reason.UPSTREAM_REJECT, Reason.TEXT_ONLY, Reason.IN_EVALUATION_SPLIT, Reason.FORGOTTEN)

@@ -13,7 +13,8 @@ from schemas.tables import REJECTS
 from workflows import assemble, depth, ingest, tokenize_depth
 from workflows.commits import Table
 from workflows.folders import publish
-from workflows.runtime import ShardWorker
+from workflows.listing import listed
+from workflows.shards import ShardWorker, Work
 from workflows.store import Root
 
 ROOMS = Path(ingest.__file__).parent / "recipes" / "rooms.yaml"
@@ -58,18 +59,19 @@ def published(root: Root, local: Path, name: str, inputs: dict[str, str]) -> Man
 
 def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
     """The tables that an evaluation reads, by the stages' own workers, without an actor pool for each."""
-    here = recipe.root
-    workers: dict[str, ShardWorker] = {
-        "images": ingest.IngestWorker(recipe.model_dump_json()),
-        "depth": depth.RecordedWorker(here),
-        "codes": tokenize_depth.CodecWorker(here, batch_size=4, threads=1),
-        "samples": assemble.JoinWorker(here, with_masks=[]),
+    workers: dict[tuple[str, ...], ShardWorker] = {
+        ("images", "listing"): ingest.IngestWorker(recipe.model_dump_json()),
+        ("depth", "images"): depth.RecordedWorker(),
+        ("codes", "depth"): tokenize_depth.CodecWorker(recipe.root, batch_size=4, threads=1),
+        ("samples", "images", "codes"): assemble.JoinWorker(),
     }
-    for name, worker in workers.items():
-        for source in recipe.sources:
-            made = worker.process(source.name, 0, json.dumps([0, SCENES]))
+    for source in recipe.sources:
+        listed(recipe, root, source)
+        for (name, *parents), worker in workers.items():
+            table, over = Table(root, name, source.name), Table(root, parents[0], source.name)
+            inputs = {parent: Table(root, parent, source.name).require().shards[0].content for parent in parents}
+            made = worker.process(Work(table, over, 0, inputs))
             assert not made.rejects
-            table = Table(root, name, source.name)
-            commit = table.commit(0, "test", made.table, REJECTS.empty_table(), made.read)
-            inputs = {"codebook": codebook.digest}
-            table.finish({0: commit}, attempt="test", recipe="test", code="test", inputs=inputs)
+            commit = table.commit(0, "test", made.table, REJECTS.empty_table(), made.read, inputs=inputs)
+            depends = {"codebook": codebook.digest}
+            table.finish({0: commit}, attempt="test", recipe="test", code="test", inputs=depends)

@@ -9,6 +9,7 @@ Needs   CPUs; the join stays inside a shard, so memory is bounded by one shard
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -16,25 +17,28 @@ import pyarrow as pa
 from schemas.recipe import Recipe
 from schemas.tables import SAMPLES, Reason
 from workflows.commits import Table
-from workflows.runtime import Job, Reject, ShardResult, run_shards, settings_digest
+from workflows.runtime import settings_digest
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, shards_of
 from workflows.store import open_root
 
 FROM_IMAGES = ["id", "uri", "image", "width", "height", "turns", "masks"]
+FROM_OTHERS = {"codes": ["id", "codes", "depth_target"], "masks": ["id", "masks"]}
 
 
 class JoinWorker:
     """Joins a shard's tables on the id, in the order of the images."""
 
-    def __init__(self, root: str, with_masks: list[str]) -> None:
-        self.root, self.with_masks = open_root(root), with_masks
-
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
+    def process(self, work: Work) -> ShardResult:
         """One sample per image that every table has; a reject for each that was refused on the way."""
-        images = Table(self.root, "images", source).read_shard(shard, FROM_IMAGES)
+        parts = {
+            name: Table(work.table.root, name, work.source).read_shard(work.shard, columns, content=work.inputs[name])
+            for name, columns in FROM_OTHERS.items()
+            if name in work.inputs
+        }
+        return by_id(work, FROM_IMAGES, lambda images: self._joined(images, parts))
+
+    def _joined(self, images: pa.Table, parts: dict[str, pa.Table]) -> ShardResult:
         ids = images["id"].to_pylist()
-        parts = {"codes": Table(self.root, "codes", source).read_shard(shard, ["id", "codes", "depth_target"])}
-        if source in self.with_masks:
-            parts["masks"] = Table(self.root, "masks", source).read_shard(shard, ["id", "masks"])
         places = {name: {key: i for i, key in enumerate(part["id"].to_pylist())} for name, part in parts.items()}
         missing = {key: [name for name in parts if key not in places[name]] for key in ids}
         kept = [i for i, key in enumerate(ids) if not missing[key]]
@@ -53,21 +57,23 @@ class JoinWorker:
         return ShardResult(table, len(ids), rejects)
 
 
-def run(recipe: Recipe) -> None:
-    """Fills the samples table of every source; raises StageError where a table before it is not finished."""
+def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
+    """Fills the samples table of every source; raises StageError where a table before it is not finished.
+
+    Rows that were refused for a reason of `retry` are tried again.
+    """
     root, section = open_root(recipe.root), recipe.assemble
-    jobs, with_masks = [], []
+    jobs = []
     for name in (source.name for source in recipe.sources):
         manifests = {part: Table(root, part, name).require() for part in ("images", "codes")}
         masks = Table(root, "masks", name).manifest()
         if masks is not None:
             manifests["masks"] = masks
-            with_masks.append(name)
-        inputs = {part: manifest.digest for part, manifest in manifests.items()}
-        inputs["settings"] = settings_digest(section, section.pool)
+        settings = settings_digest(section, section.pool)
+        inputs = {"settings": settings, "codebook": manifests["codes"].inputs["codebook"]}
         licences = {licence for manifest in manifests.values() for licence in manifest.licences}
-        payloads = [""] * len(manifests["images"].shards)
         ordered = sorted(licences, key=lambda licence: (licence.part, licence.source))
-        jobs.append(Job(Table(root, "samples", name), payloads, inputs, ordered))
-    arguments = {"root": recipe.root, "with_masks": with_masks}
-    run_shards(recipe, jobs, JoinWorker, arguments, pool=section.pool, row_group_rows=recipe.assemble.row_group_rows)
+        table, over = Table(root, "samples", name), Table(root, "images", name)
+        jobs.append(Job(table, over, shards_of(**manifests), inputs, ordered, expected=manifests["images"].kept))
+    rows = section.row_group_rows
+    run_shards(recipe, jobs, JoinWorker, {}, pool=section.pool, row_group_rows=rows, retry=retry)

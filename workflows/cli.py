@@ -123,6 +123,64 @@ def verify(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: S
 
 
 @app.command()
+def append(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+    """Lists the sources again and adds what is new; the stages then do only the new shards."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        importlib.import_module("workflows.append").run(loaded)
+
+
+@app.command()
+def requeue(
+    reason: Annotated[str, typer.Option("--reason", help="Why the rows were refused, e.g. missing_file.")],
+    stage: Annotated[str | None, typer.Option("--stage", help="Only this stage's rows.")] = None,
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Tries refused rows again, by reason, after what was wrong was mended."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        for done in importlib.import_module("workflows.requeue").run(loaded, reason, stage):
+            typer.echo(f"{done.stage}: {done.tried} rows tried again, {done.refused} refused again as {reason}")
+        typer.echo("Next: perceptio run, which carries on what is kept now")
+
+
+@app.command()
+def forget(
+    ids: Annotated[list[str], typer.Argument(help="Ids of images, as in the tables' column `id`.")],
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Takes images out of every table, for deletion requests; marks what was made from them."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        done = importlib.import_module("workflows.forget").run(loaded, ids)
+        for table, rows in done.rows.items():
+            typer.echo(f"{table}: {rows} rows taken out")
+        for folder in done.marked:
+            typer.echo(f"{folder}: was made from them; marked, make it anew")
+
+
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it they are only shown.")] = False,
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Removes what lost attempts left; shows it first, deletes on --yes."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        found = importlib.import_module("workflows.clean").run(loaded, yes=yes)
+        for stray in found:
+            typer.echo(f"{stray.path}  {stray.size:,} bytes: {stray.why}")
+        verb = "deleted" if yes else "may go: add --yes to delete them"
+        typer.echo(f"{len(found)} files, {sum(stray.size for stray in found):,} bytes, {verb}")
+
+
+@app.command()
 def doctor(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Checks the machine: versions, CPUs, memory, disk, port, store; says what is missing."""
     _stage("doctor", _load(recipe, root, overrides))

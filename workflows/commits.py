@@ -3,10 +3,13 @@
     ROOT/TABLE/SOURCE/part-000007-ATTEMPT.parquet           rows that were kept
     ROOT/rejects/STAGE/SOURCE/part-000007-ATTEMPT.parquet   rows that were refused, with the reason
     ROOT/TABLE/SOURCE/_commits/000007.json                  the marker: its exclusive create decides which attempt won
-    ROOT/TABLE/SOURCE/_commits/plan.json                    the inputs that the shards are made from
+    ROOT/TABLE/SOURCE/_commits/000007.1.json                the marker of its next revision, which counts from now on
+    ROOT/TABLE/SOURCE/_commits/plan.json                    what all rows depend on: settings, weights, codebook
     ROOT/TABLE/SOURCE/manifest.json                         written last: the table is complete
 
-A file that no marker names does not exist for any reader. ROOT is a local folder or an s3:// address: both have an
+A file that the last marker of its shard does not name does not exist for any reader. A shard gets a new revision where
+rows are taken out of it (doubles, `forget`), tried again (`requeue`), or where the shards that it is made from changed.
+A table that is being changed has no manifest. ROOT is a local folder or an s3:// address: both have an
 exclusive create (a hard link; `If-None-Match: *`), which is all that the protocol needs of a store.
 """
 
@@ -31,9 +34,17 @@ from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest, ShardCommit
 from schemas.tables import REJECTS, TABLES
 from workflows.store import DamagedTableError, OtherInputsError, Root, StageError, write_manifest
 
-STAGE_OF = {"images": "ingest", "depth": "depth", "masks": "masks", "codes": "tokenize", "samples": "assemble"}
+STAGE_OF = {
+    "listing": "ingest",
+    "images": "ingest",
+    "depth": "depth",
+    "masks": "masks",
+    "codes": "tokenize",
+    "samples": "assemble",
+}
 PLAN = "plan.json"
 PART = re.compile(r"part-(\d+)-")
+MARKER = re.compile(r"(\d+)(?:\.(\d+))?\.json")
 
 
 class Table:
@@ -45,36 +56,64 @@ class Table:
         self.root, self.name, self.source = root, name, source
         self.stage = STAGE_OF[name]
         self.schema = TABLES[name]
+        self._rejects = "listing" if name == "listing" else self.stage  # `ingest` fills two tables
 
     def __str__(self) -> str:
         return f"{self.name}/{self.source}"
 
     def plan(self, inputs: Mapping[str, str]) -> None:
-        """Fixes what the shards are made from, before the first. Raises OtherInputsError if it was fixed otherwise."""
+        """Fixes what all rows are made from, before the first. Raises OtherInputsError if it was fixed otherwise.
+
+        Raises StageError for a store whose exclusive create replaces files.
+        """
         wanted = dict(inputs)
-        if self.root.create(_json(wanted), self.name, self.source, "_commits", PLAN):
-            return
-        require_same(str(self), json.loads(self._read("_commits", PLAN)), wanted)
+        standing = self.root.read(self.name, self.source, "_commits", PLAN)
+        if standing is None:
+            self.root.require_exclusive_create(self.name, self.source, "_commits")
+            if self.root.create(_json(wanted), self.name, self.source, "_commits", PLAN):
+                return
+            standing = self._read("_commits", PLAN)
+        require_same(str(self), json.loads(standing), wanted)
 
     def committed(self) -> dict[int, ShardCommit]:
-        """The marker of every committed shard, by shard number."""
-        names = [name for name in self.root.files(self.name, self.source, "_commits") if name != PLAN]
-        commits = (self._marker(name, self._read("_commits", name)) for name in names if name.endswith(".json"))
-        return {commit.shard: commit for commit in commits}
+        """The marker of every committed shard's last revision, by shard number."""
+        last: dict[int, tuple[int, str]] = {}
+        for name in self.root.files(self.name, self.source, "_commits"):
+            if found := MARKER.fullmatch(name):
+                shard, revision = int(found[1]), int(found[2] or 0)
+                last[shard] = max(last.get(shard, (-1, "")), (revision, name))
+        names = {shard: name for shard, (_, name) in sorted(last.items())}
+        folder = posixpath.join(self.name, self.source, "_commits")
+        texts = self.root.read_many([posixpath.join(folder, name) for name in names.values()])
+        return {shard: self._marker(name, texts[posixpath.join(folder, name)]) for shard, name in names.items()}
 
     def find(self, shard: int) -> ShardCommit | None:
-        """The marker of one shard, None where it is not committed."""
-        name = f"{shard:06d}.json"
-        data = self.root.read(self.name, self.source, "_commits", name)
-        return None if data is None else self._marker(name, data)
+        """The marker of one shard's last revision, None where it is not committed."""
+        found: ShardCommit | None = None
+        while True:
+            name = _marker_name(shard, 0 if found is None else found.revision + 1)
+            data = self.root.read(self.name, self.source, "_commits", name)
+            if data is None:
+                return found
+            found = self._marker(name, data)
 
     def commit(
-        self, shard: int, attempt: str, table: pa.Table, rejects: pa.Table, read: int, row_group_rows: int = 10_000
+        self,
+        shard: int,
+        attempt: str,
+        table: pa.Table,
+        rejects: pa.Table,
+        read: int,
+        row_group_rows: int = 10_000,
+        *,
+        inputs: Mapping[str, str] | None = None,
+        revision: int = 0,
     ) -> ShardCommit:
         """The shard's marker: this attempt's, or the other one's where another attempt was first.
 
-        table has the table's schema, rejects that of REJECTS; read counts the rows that came in. The loser's files
-        are deleted here. Raises ValueError for another schema, a doubled id, or read != kept + rejected.
+        table has the table's schema, rejects that of REJECTS; read counts the rows that came in; inputs are the content
+        digests of the shards that this one is made from. The loser's files are deleted here. Raises ValueError for
+        another schema, a doubled id, or read != kept + rejected.
         """
         for rows, schema in ((table, self.schema), (rejects, REJECTS)):
             if not rows.schema.equals(schema):
@@ -87,7 +126,9 @@ class Table:
         rejects_entry, rejects_data = _parquet(self._rejects_path(part), rejects, row_group_rows)
         commit = ShardCommit(
             shard=shard,
+            revision=revision,
             attempt=attempt,
+            inputs=dict(inputs or {}),
             read=read,
             kept=table.num_rows,
             rejected=rejects.num_rows,
@@ -99,22 +140,50 @@ class Table:
         written = [(e.path, d) for e, d in ((entry, data), (rejects_entry, rejects_data)) if e is not None]
         for path, content in written:
             self.root.write(content, self.name, self.source, path)
-        name = f"{shard:06d}.json"
+        name = _marker_name(shard, revision)
         if self.root.create(commit.model_dump_json(indent=1).encode(), self.name, self.source, "_commits", name):
             return commit
         for path, _ in written:
             self.root.delete(self.name, self.source, path)
         return self._marker(name, self._read("_commits", name))
 
-    def read_shard(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The kept rows of a committed shard, in order. Raises DamagedTableError for a file that was changed."""
+    def read_shard(self, shard: int, columns: Sequence[str] | None = None, *, content: str | None = None) -> pa.Table:
+        """The kept rows of a committed shard, in order.
+
+        Raises DamagedTableError for a file that was changed, and where `content` is given and is not the digest of the
+        rows that stand: they were changed since the caller planned with them.
+        """
         commit = self.find(shard)
         if commit is None:
             raise DamagedTableError(f"{self} shard {shard} is not committed: run `{self.stage}` first")
+        if content is not None and commit.content != content:
+            raise DamagedTableError(
+                f"{self} shard {shard} holds {commit.content[:16]}, expected {content[:16]}: it was changed while this"
+                " stage ran; run the stage again"
+            )
+        return self.rows_of(commit, columns)
+
+    def rows_of(self, commit: ShardCommit, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows that a marker stands for, in order. Raises DamagedTableError for a file that was changed."""
         if commit.data is None:
             empty = self.schema.empty_table()
             return empty if columns is None else empty.select(list(columns))
-        return pq.read_table(io.BytesIO(self.checked(commit.data)), columns=columns)
+        return self._parse(commit.data, columns)
+
+    def rejects_of(self, commit: ShardCommit) -> pa.Table:
+        """The refused rows that a marker stands for. Raises DamagedTableError for a file that was changed."""
+        return REJECTS.empty_table() if commit.rejects is None else self._parse(commit.rejects, None)
+
+    def ids_of(self, commit: ShardCommit) -> list[str]:
+        """The ids that a marker stands for, in order; reads nothing else of the file, so no checksum is compared."""
+        if commit.data is None:
+            return []
+        ids: list[str] = self.root.columns(["id"], self.name, self.source, commit.data.path)["id"].to_pylist()
+        return ids
+
+    def reopen(self) -> None:
+        """Takes the manifest away: the table is about to change."""
+        self.root.delete(self.name, self.source, MANIFEST_NAME)
 
     def finish(self, commits: Mapping[int, ShardCommit], **fields: Any) -> Manifest:
         """Writes the manifest of a table whose shards are all in `commits`, after deleting what lost attempts left.
@@ -122,7 +191,7 @@ class Table:
         fields: those of Manifest that the table does not know: attempt, recipe, code, inputs, licences, seconds, extra.
         """
         shards = tuple(commits[shard] for shard in sorted(commits))
-        self.clean()
+        self.clean(commits)
         manifest = Manifest(
             stage=self.stage,
             source=self.source,
@@ -147,18 +216,21 @@ class Table:
             raise StageError(f"{self.root.uri}: {self} has no {MANIFEST_NAME}: run `{self.stage}` first")
         return manifest
 
-    def unnamed(self) -> list[str]:
-        """Files of the table and its rejects that no marker names, relative to the table's folder."""
-        commits = self.committed()
+    def unnamed(self, commits: Mapping[int, ShardCommit] | None = None) -> list[str]:
+        """Files of the table and its rejects that no last marker names, relative to the table's folder."""
+        commits = self.committed() if commits is None else commits
         known = {entry.path for c in commits.values() for entry in (c.data, c.rejects) if entry is not None}
         found = [name for name in self.root.files(self.name, self.source) if name != MANIFEST_NAME]
-        found += [self._rejects_path(name) for name in self.root.files("rejects", self.stage, self.source)]
+        found += [self._rejects_path(name) for name in self.root.files("rejects", self._rejects, self.source)]
         return [path for path in found if path not in known]
 
-    def clean(self) -> list[str]:
-        """Deletes what killed attempts left of committed shards, and says which files; others may be someone's work."""
-        commits = self.committed()
-        parts = [(path, PART.match(posixpath.basename(path))) for path in self.unnamed()]
+    def clean(self, commits: Mapping[int, ShardCommit] | None = None) -> list[str]:
+        """Deletes what lost attempts and older revisions left of committed shards, and says which files.
+
+        Files of shards that are not committed stay: they may be someone's work.
+        """
+        commits = self.committed() if commits is None else commits
+        parts = [(path, PART.match(posixpath.basename(path))) for path in self.unnamed(commits)]
         strays = [path for path, part in parts if part is not None and int(part[1]) in commits]
         for path in strays:
             self.root.delete(self.name, self.source, path)
@@ -177,7 +249,12 @@ class Table:
             )
         return data
 
-    def _marker(self, name: str, data: bytes) -> ShardCommit:
+    def _parse(self, entry: FileEntry, columns: Sequence[str] | None) -> pa.Table:
+        return pq.read_table(io.BytesIO(self.checked(entry)), columns=None if columns is None else list(columns))
+
+    def _marker(self, name: str, data: bytes | None) -> ShardCommit:
+        if data is None:
+            raise DamagedTableError(f"{self}: marker {name} went away while it was read: is a `clean` running?")
         try:
             return ShardCommit.model_validate_json(data)
         except ValidationError as error:
@@ -192,7 +269,11 @@ class Table:
         return data
 
     def _rejects_path(self, part: str) -> str:
-        return posixpath.join("..", "..", "rejects", self.stage, self.source, part)
+        return posixpath.join("..", "..", "rejects", self._rejects, self.source, part)
+
+
+def _marker_name(shard: int, revision: int) -> str:
+    return f"{shard:06d}.{revision}.json" if revision else f"{shard:06d}.json"
 
 
 def content_digest(table: pa.Table) -> str:

@@ -11,7 +11,7 @@ Shape legend: H, W image height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import DEPTH, Reason
 from workflows.commits import Table
-from workflows.runtime import Job, Reject, ShardResult, ahead, device, run_shards, settings_digest, weights
+from workflows.runtime import ahead, device, settings_digest, weights
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, shards_of
 from workflows.store import open_root
 
 CONVENTION = "inv_depth in [0, 1], larger = closer, min-max scaled per image"
@@ -36,14 +37,17 @@ Row = dict[str, Any]
 class TeacherWorker:
     """Runs the teacher over a shard's images, in batches that are always the same."""
 
-    def __init__(self, root: str, teacher: str, dtype: str, batch_size: int, threads: int) -> None:
+    def __init__(self, teacher: str, dtype: str, batch_size: int, threads: int) -> None:
         torch.set_num_threads(threads)  # other thread counts round differently
-        self.root, self.batch_size = open_root(root), batch_size
+        self.batch_size = batch_size
         self.teacher = DepthTeacher.from_pretrained(teacher, device=device(), dtype=getattr(torch, dtype))
 
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
+    def process(self, work: Work) -> ShardResult:
         """One map or one reject per image; files are decoded, and maps encoded, while the model runs."""
-        images = Table(self.root, "images", source).read_shard(shard, ["id", "uri", "image"]).to_pylist()
+        return by_id(work, ["id", "uri", "image"], self._maps)
+
+    def _maps(self, table: pa.Table) -> ShardResult:
+        images = table.to_pylist()
         batches = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
 
         def maps() -> Iterator[tuple[list[Row], list[TeacherMap | DepthError]]]:
@@ -57,13 +61,10 @@ class TeacherWorker:
 class RecordedWorker:
     """Turns the data set's own metric depth into maps; unknown pixels count as beyond range."""
 
-    def __init__(self, root: str) -> None:
-        self.root = open_root(root)
-
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
+    def process(self, work: Work) -> ShardResult:
         """One map or one reject per image."""
-        images = Table(self.root, "images", source).read_shard(shard, ["id", "uri", "recorded_depth"])
-        return _result([self._row(row) for row in images.to_pylist()])
+        columns = ["id", "uri", "recorded_depth"]
+        return by_id(work, columns, lambda table: _result([self._row(row) for row in table.to_pylist()]))
 
     def _row(self, row: Row) -> Row | Reject:
         if row["recorded_depth"] is None:
@@ -77,13 +78,16 @@ class RecordedWorker:
             return _row(row, error)
 
 
-def run(recipe: Recipe) -> None:
-    """Fills the depth table of every source; raises StageError where that cannot be done."""
+def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
+    """Fills the depth table of every source; raises StageError where that cannot be done.
+
+    Rows that were refused for a reason of `retry` are tried again.
+    """
     root, section = open_root(recipe.root), recipe.depth
     inputs = {"settings": settings_digest(section, section.pool), "convention": CONVENTION}
     licences: list[Licence] = []
     worker: type[TeacherWorker | RecordedWorker] = RecordedWorker
-    arguments: Row = {"root": recipe.root}
+    arguments: Row = {}
     if section.teacher == "recorded":
         inputs["teacher"] = "recorded"
     else:
@@ -106,10 +110,10 @@ def run(recipe: Recipe) -> None:
     jobs = []
     for name in (source.name for source in recipe.sources):
         images = Table(root, "images", name).require()
-        payloads = [""] * len(images.shards)
-        chain = {**inputs, "images": images.digest}
-        jobs.append(Job(Table(root, "depth", name), payloads, chain, [*images.licences, *licences]))
-    run_shards(recipe, jobs, worker, arguments, pool=section.pool)
+        table, over = Table(root, "depth", name), Table(root, "images", name)
+        job = Job(table, over, shards_of(images=images), inputs, [*images.licences, *licences], expected=images.kept)
+        jobs.append(job)
+    run_shards(recipe, jobs, worker, arguments, pool=section.pool, retry=retry)
 
 
 def _rows(batch: tuple[list[Row], list[TeacherMap | DepthError]]) -> list[Row | Reject]:

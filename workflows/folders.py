@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import posixpath
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from workflows.store import DamagedTableError, Root, StageError, write_manifest
+
+CLAIM_NAME = "claim.txt"
+FORGOTTEN_NAME = "FORGOTTEN.json"  # `forget` puts it beside what had seen a forgotten image
+
+log = logging.getLogger(__name__)
 
 
 def publish(root: Root, local: Path, *folder: str, **fields: Any) -> Manifest:
@@ -17,17 +26,63 @@ def publish(root: Root, local: Path, *folder: str, **fields: Any) -> Manifest:
 
     `fields` are those of Manifest but files and digest.
     """
+    entries, listing = _entries(local)
+    manifest = Manifest(files=entries, digest=listing, **fields)
+    _copy(root, local, entries, folder)
+    write_manifest(root, manifest, *folder)
+    return manifest
+
+
+def publish_first(root: Root, local: Path, *folder: str, digest: str, wait_s: float = 60.0, **fields: Any) -> Manifest:
+    """The manifest that stands after `local` was published, by this attempt or by another one that was first.
+
+    Where two attempts overlap, a claim on these very bytes comes before the first file, by exclusive create: files
+    of two attempts never mix. `digest` names the content; files that only tell of it (reports, pictures) need not
+    be in it. Raises StageError where another attempt claimed it for other bytes and does not finish within `wait_s`.
+    """
+    entries, listing = _entries(local)
+    manifest = Manifest(files=entries, digest=digest, **fields)
+    standing = root.manifest(*folder)
+    if standing is not None:
+        return standing
+    if root.create(f"{listing}\n".encode(), *folder, CLAIM_NAME):
+        _copy(root, local, entries, folder)
+        root.create(manifest.model_dump_json(indent=1).encode(), *folder, MANIFEST_NAME)
+    end = time.monotonic() + wait_s
+    while (standing := root.manifest(*folder)) is None:
+        if time.monotonic() > end:
+            raise StageError(
+                f"{posixpath.join(*folder)}: another attempt claimed it for other files and did not finish in"
+                f" {wait_s:g} s: if it died, delete {root.at(*folder)} and run again"
+            )
+        time.sleep(0.5)
+    return standing
+
+
+def _entries(local: Path) -> tuple[tuple[FileEntry, ...], str]:
+    """Every file of a local folder, and a digest of them all."""
     entries = []
     for path in sorted(path for path in local.rglob("*") if path.is_file()):
         data, name = path.read_bytes(), path.relative_to(local).as_posix()
-        root.fs.makedirs(root.at(*folder, posixpath.dirname(name)), exist_ok=True)
-        root.write(data, *folder, name)
         entries.append(FileEntry(path=name, rows=0, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
     listing = "".join(f"{entry.path} {entry.sha256}\n" for entry in entries)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
-    manifest = Manifest(files=tuple(entries), digest=digest, **fields)
-    write_manifest(root, manifest, *folder)
-    return manifest
+    return tuple(entries), hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _copy(root: Root, local: Path, entries: tuple[FileEntry, ...], folder: tuple[str, ...]) -> None:
+    for entry in entries:
+        root.fs.makedirs(root.at(*folder, posixpath.dirname(entry.path)), exist_ok=True)
+        root.write((local / entry.path).read_bytes(), *folder, entry.path)
+
+
+def run_storage(root: Root) -> dict[str, Any]:
+    """`storage_path` and `storage_filesystem` of Ray Train's RunConfig, for runs that lie under ROOT/runs.
+
+    A remote store is reached through the root's own filesystem: Ray's would know nothing of its endpoint and options.
+    """
+    if "file" in root.fs.protocol:
+        return {"storage_path": root.at("runs")}
+    return {"storage_path": root.at("runs"), "storage_filesystem": PyFileSystem(FSSpecHandler(root.fs))}
 
 
 def require(root: Root, *folder: str, stage: str) -> Manifest:
@@ -35,6 +90,9 @@ def require(root: Root, *folder: str, stage: str) -> Manifest:
     manifest = root.manifest(*folder)
     if manifest is None:
         raise StageError(f"{root.uri}: {posixpath.join(*folder)} has no {MANIFEST_NAME}: run `{stage}` first")
+    if root.exists(*folder, FORGOTTEN_NAME):
+        name = posixpath.join(*folder)
+        log.warning("%s was made from images that were forgotten since: delete it and run `%s` again", name, stage)
     return manifest
 
 

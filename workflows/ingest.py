@@ -2,203 +2,168 @@
 
     perceptio ingest --recipe rooms
 
-Reads   rooms that it renders itself; folders of images, with an optional `records.jsonl` beside them
-Writes  ROOT/images/SOURCE, ROOT/rejects/ingest/SOURCE
-Needs   CPUs
+Reads   the recipe's sources, in the layouts of perceptio/sources; rooms that it renders itself
+Writes  ROOT/listing/SOURCE, ROOT/images/SOURCE, ROOT/rejects/ingest/SOURCE
+Needs   CPUs; the driver holds 12 bytes an image to find doubles, for at most DOUBLES_AT_ONCE images at a time
 
-A line of `records.jsonl` is {"image": path inside the folder, "turns": [...], "boxes": [...], "masks": [...]}, the
-last three optional, as in schemas.tables; boxes and masks are in pixels of the upright image. Image ids are hashes of
-the stored bytes. Files with the same bytes are found before the shards are cut: only files of equal size are read for
-it. Whatever else turns out equal after decoding is refused within its shard, and found across shards by `verify`.
+Image ids are hashes of the stored bytes. An image that stands twice in a source is kept once. One that also stands in a
+held-out source is taken out of training, unless the recipe says `ingest.contamination: report`. The same image in two
+training sources stays in both, since each asks its own questions of it; the manifest says how many are shared.
 
-Shape legend: O objects, H, W image height and width.
+Shape legend: H, W image height and width.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-import posixpath
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from perceptio.data.images import ImageError, ImageLimits, StoredImage, encode_depth16, encode_png, stored
+from perceptio.data.images import ImageError, ImageLimits, StoredImage, decode_depth16, encode_depth16, stored
 from perceptio.data.masks import Rle, masks_to_rle, rle_to_mask
-from perceptio.rooms.questions import ask
-from perceptio.rooms.render import render_room
-from perceptio.rooms.room import Question, Room
+from perceptio.sources.record import Found, Item, Reader, Refused
 from schemas.manifest import Licence
-from schemas.recipe import FolderSource, Recipe, RoomsSource, section_digest
-from schemas.tables import IMAGES, Reason
-from workflows.commits import Table
-from workflows.runtime import Job, Reject, ShardResult, ahead, run_shards, settings_digest
-from workflows.store import StageError, open_root
+from schemas.recipe import Recipe, RoomsSource, Source
+from schemas.tables import IMAGES, LISTING, Reason
+from workflows.commits import Table, table_digest
+from workflows.doubles import doubles
+from workflows.drop import DropWorker
+from workflows.forgotten import forgotten_ids
+from workflows.listing import listed, reader
+from workflows.runtime import ahead, settings_digest
+from workflows.shards import Job, Reject, Run, ShardResult, Work, begin, finish, shards_of, stored_reject, work
+from workflows.store import open_root
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-RECORDS = "records.jsonl"
-READERS = 2  # threads of one actor; reading and decoding release the interpreter
+READERS = 4  # threads of one actor; reading and decoding release the interpreter
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-class Point(BaseModel):
-    """A lettered point drawn into the image, in pixels."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    x: float
-    y: float
-
-
-class Turn(BaseModel):
-    """One question of a record, as it is written in `records.jsonl`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: str
-    prompt: str
-    answer: str
-    form: str = ""
-    expression: str = ""
-    objects: tuple[int, ...] = ()
-    choices: tuple[str, ...] = ()
-    points: tuple[Point, ...] = ()
-
-
-class Record(BaseModel):
-    """One line of `records.jsonl`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image: str
-    turns: tuple[Turn, ...] = ()
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
-    masks: tuple[dict[str, Any], ...] = ()
-
-
 class IngestWorker:
-    """Renders a range of rooms, or reads a shard of listed files and stores them as they are or encoded anew."""
+    """Reads a shard of listed items and stores their images as they are or encoded anew."""
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: str, forgotten: Collection[str] = ()) -> None:
         settings = Recipe.model_validate_json(recipe)
-        self.settings = settings.ingest
+        self.settings, self.forgotten = settings.ingest, frozenset(forgotten)
         self.limits = ImageLimits(self.settings.min_side, self.settings.max_pixels)
-        self.sources = {source.name: source for source in settings.sources}
+        self.readers = {source.name: reader(source) for source in settings.sources}
 
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
-        """One row or one reject per listed file or record; one row per room, and per lettered-points question."""
-        spec, items = self.sources[source], json.loads(payload)
-        if isinstance(spec, RoomsSource):
-            return _result([row for index in range(*items) for row in _room_rows(spec, index)])
-        fs, folder = fsspec.core.url_to_fs(spec.path)
+    def process(self, work: Work) -> ShardResult:
+        """One row or one reject per row of the source; where some are tried again, only those are read again."""
+        items = [Item(**{name: row[name] for name in LISTING.names if name != "id"}) for row in _listing(work)]
+        previous = work.previous
+        if previous is None or previous.inputs != work.inputs:
+            return _result(enumerate(self._outcomes(self.readers[work.source], items)))
+        refused = [stored_reject(row) for row in work.table.rejects_of(previous).to_pylist()]
+        again = {reject.row for reject in refused if reject.reason in work.retry}
+        made = self._only(self.readers[work.source], items, again)
+        return _merged(work.table.rows_of(previous), previous.read, refused, made)
 
-        def read(item: Row) -> Row | Reject:
-            return self._row(fs, posixpath.join(folder, item["path"]), item)
+    def _only(self, source: Reader, items: Sequence[Item], wanted: set[int]) -> dict[int, Row | Reject]:
+        """The outcomes of some rows, by number; items without any of them are not read where that can be told."""
+        made: dict[int, Row | Reject] = {}
+        first = 0
+        for item in items:
+            if item.rows and wanted.isdisjoint(range(first, first + item.rows)):
+                first += item.rows
+                continue
+            found = list(self._outcomes(source, [item]))
+            made |= {first + i: outcome for i, outcome in enumerate(found) if first + i in wanted}
+            first += len(found)
+        return made
 
-        return _result(list(ahead(read, items, threads=READERS, depth=4 * READERS)))
+    def _outcomes(self, source: Reader, items: Sequence[Item]) -> Iterator[Row | Reject]:
+        """What becomes of each row, in order; single files are read in parallel, large ones as a stream."""
+        for is_file, group in itertools.groupby(items, key=lambda item: item.rows == 1 or bool(item.reason)):
+            if is_file:
+                files = ahead(lambda item: [self._row(one) for one in _read(source, item)], group, **_AHEAD)
+                yield from itertools.chain.from_iterable(files)
+            else:
+                for item in group:
+                    yield from ahead(self._row, source.read(item), **_AHEAD)
 
-    def _row(self, fs: Any, uri: str, item: Row) -> Row | Reject:
-        if item.get("problem"):
-            return Reject(Reason(item["reason"]), item["problem"], uri=uri)
+    def _row(self, found: Found | Refused) -> Row | Reject:
+        if isinstance(found, Refused):
+            return Reject(found.reason, found.message, uri=found.uri)
         try:
-            record = Record.model_validate_json(item["record"]) if item.get("record") else Record(image=item["path"])
             image = stored(
-                fs.cat_file(uri), self.limits, max_side=self.settings.max_side, jpeg_quality=self.settings.jpeg_quality
+                found.data, self.limits, max_side=self.settings.max_side, jpeg_quality=self.settings.jpeg_quality
             )
-            return _folder_row(uri, image, record)
-        except FileNotFoundError:
-            return Reject(Reason.MISSING_FILE, "listed, but gone when it was read", uri=uri)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            return Reject(Reason.BAD_RECORD, f"{RECORDS}: {problems}", uri=uri)
         except ImageError as error:
-            return Reject(error.reason, str(error), uri=uri)
+            return Reject(error.reason, str(error), uri=found.uri)
+        key = image_id(image.data)
+        if key in self.forgotten:
+            return Reject(Reason.FORGOTTEN, "this image was taken out by `forget`", key)
+        return _image_row(key, image, found)
 
 
-def run(recipe: Recipe) -> None:
-    """Fills the images table of every source; raises StageError where that cannot be done."""
-    root, rows = open_root(recipe.root), recipe.ingest.rows_per_shard
-    settings = settings_digest(recipe.ingest, recipe.ingest.pool)
+_AHEAD = {"threads": READERS, "depth": 4 * READERS}
+
+
+def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
+    """Fills the images table of every source; raises StageError where that cannot be done.
+
+    Rows that were refused for a reason of `retry` are tried again.
+    """
+    root = open_root(recipe.root)
+    inputs = {"settings": settings_digest(recipe.ingest, recipe.ingest.pool)}
     jobs = []
     for source in recipe.sources:
-        inputs = {"settings": settings, "source": section_digest(source, exclude={"path"})}
-        if isinstance(source, RoomsSource):
-            payloads, licence = _room_ranges(source, rows), ("perceptio.rooms", "Apache-2.0")
-        else:
-            payloads, inputs["listing"] = _listed(source, rows)
-            licence = (source.path, "unknown")
-        licences = [Licence(part=f"data: {source.name}", source=licence[0], licence=licence[1])]
-        jobs.append(Job(Table(root, "images", source.name), payloads, inputs, licences))
-    run_shards(recipe, jobs, IngestWorker, {"recipe": recipe.model_dump_json()}, pool=recipe.ingest.pool)
+        listing = listed(recipe, root, source)
+        tables = Table(root, "images", source.name), Table(root, "listing", source.name)
+        jobs.append(Job(*tables, shards_of(listing=listing), inputs, [_licence(source)]))
+    arguments = {"recipe": recipe.model_dump_json(), "forgotten": sorted(forgotten_ids(root))}
+    runs = begin(recipe, jobs, retry)
+    work(recipe, runs, IngestWorker, arguments, pool=recipe.ingest.pool)
+    finish(recipe, runs, _without_doubles(recipe, runs))
 
 
-def _room_ranges(source: RoomsSource, rows_per_shard: int) -> list[str]:
-    starts = range(0, source.count, rows_per_shard)
-    return [json.dumps([start, min(start + rows_per_shard, source.count)]) for start in starts]
+def _without_doubles(recipe: Recipe, runs: Sequence[Run]) -> Mapping[str, Any]:
+    """What the manifests say of doubles, after those that must go were taken out of their shards."""
+    standing = [run.manifest.extra if run.manifest is not None else {} for run in runs]
+    if all(extra.get("doubles_sought_in") == _state(recipe, runs) for extra in standing):
+        return {key: standing[0][key] for key in ("doubles_sought_in", "shared")}
+    held_out = {source.name for source in recipe.sources if source.held_out}
+    found = doubles({run.job.table: run.commits for run in runs}, held_out, recipe.ingest.contamination == "reject")
+    for run in runs:
+        run.revise(found.drops.get(run.job.table.source, {}))
+    work(recipe, runs, DropWorker, {}, pool=recipe.ingest.pool)
+    for (one, other), count in sorted(found.shared.items()):
+        log.info("%d images of %s stand in %s as well", count, other, one)
+    shared = [[one, other, count] for (one, other), count in sorted(found.shared.items())]
+    return {"doubles_sought_in": _state(recipe, runs), "shared": shared}
 
 
-def _room_rows(source: RoomsSource, index: int) -> Iterator[Row | Reject]:
-    """The room with its wanted questions, unless it has none of them, and a picture per points question."""
-    uri = f"rooms://seed/{source.seed}/index/{index}?size={source.size}"
-    try:
-        room = render_room(source.seed, index, source.size)
-    except RuntimeError as error:
-        yield Reject(Reason.BAD_RECORD, str(error), uri=uri)
-        return
-    wanted = [question for question in ask(room) if question.kind in source.questions]
-    plain = [question for question in wanted if question.image_HW3 is None]
-    if plain or not source.questions:
-        yield _room_row(source, room, uri, room.rgb_HW3, plain)
-    for question in wanted:
-        if question.image_HW3 is not None:
-            yield _room_row(source, room, f"{uri}&form={question.form}", question.image_HW3, [question])
+def _state(recipe: Recipe, runs: Sequence[Run]) -> str:
+    """Digest of all that decides which images are doubles: every source's rows, and which are held out."""
+    tables = [(run.job.table.source, table_digest([run.commits[i] for i in sorted(run.commits)])) for run in runs]
+    held_out = [source.name for source in recipe.sources if source.held_out]
+    return hashlib.sha256(json.dumps([tables, held_out, recipe.ingest.contamination]).encode()).hexdigest()
 
 
-def _room_row(source: RoomsSource, room: Room, uri: str, rgb_HW3: Any, questions: Sequence[Question]) -> Row:
-    masks_OHW = room.instance_HW[None] == np.arange(len(room.objects))[:, None, None]
-    data = encode_png(rgb_HW3)
-    millimetres_HW = np.rint(np.clip(room.depth_HW * 1000, 1, 65535)).astype(np.uint16)
-    return {
-        "id": image_id(data),
-        "uri": uri,
-        "image": data,
-        "width": source.size,
-        "height": source.size,
-        "turns": [
-            {
-                "kind": question.kind,
-                "form": question.form,
-                "prompt": question.prompt,
-                "answer": question.answer,
-                "expression": question.expression,
-                "objects": list(question.objects),
-                "choices": list(question.choices),
-                "points": [{"x": float(x), "y": float(y)} for x, y in question.points_xy],
-            }
-            for question in questions
-        ],
-        "masks": masks_to_rle(masks_OHW) if source.exact_masks else [],
-        "boxes": [_box_around(mask_HW) for mask_HW in masks_OHW],
-        "recorded_depth": encode_depth16(millimetres_HW),
-    }
+def _licence(source: Source) -> Licence:
+    if isinstance(source, RoomsSource):
+        return Licence(part=f"data: {source.name}", source="perceptio.rooms", licence="Apache-2.0")
+    return Licence(part=f"data: {source.name}", source=source.path, licence=source.licence)
 
 
-def _box_around(mask_HW: Any) -> Row:
-    y, x = np.nonzero(mask_HW)
-    return _box_row((float(x.min()), float(y.min()), float(x.max() + 1), float(y.max() + 1)))
+def _listing(work: Work) -> list[Row]:
+    rows: list[Row] = work.rows(LISTING.names).to_pylist()
+    return rows
 
 
-def _box_row(box: Sequence[float]) -> Row:
-    return dict(zip(("x0", "y0", "x1", "y1"), box, strict=True))
+def _read(source: Reader, item: Item) -> Iterator[Found | Refused]:
+    if item.reason:  # found while it was listed
+        return iter([Refused(Reason(item.reason), item.message, item.uri)])
+    return source.read(item)
 
 
 def image_id(data: bytes) -> str:
@@ -206,67 +171,11 @@ def image_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _listed(source: FolderSource, rows_per_shard: int) -> tuple[list[str], str]:
-    """The shards' payloads, and a digest of the listing: files by path, then records without a file by line."""
-    fs, folder = fsspec.core.url_to_fs(source.path)
-    if not fs.isdir(folder):
-        raise StageError(f"source '{source.name}': path '{source.path}' is no folder: mend sources.path in the recipe")
-    found = {posixpath.relpath(path, folder): info for path, info in fs.find(folder, detail=True).items()}
-    sizes = {path: info["size"] for path, info in sorted(found.items()) if path.lower().endswith(SUFFIXES)}
-    if len(found) > len(sizes) + (RECORDS in found):
-        log.info("%s: %d files are no images by their suffix, not read", source.name, len(found) - len(sizes))
-    items: dict[str, Row] = {path: {"path": path} for path in sizes}
-    raw = fs.cat_file(posixpath.join(folder, RECORDS)) if RECORDS in found else b""
-    strays = [stray for line in raw.splitlines() if line.strip() and (stray := _attach(line, items))]
-    for path, other in _same_bytes(fs, folder, sizes):
-        items[path].update(reason=Reason.DUPLICATE_ID, problem=f"the same bytes as {other}: keep one of them")
-    rows = [*items.values(), *strays]
-    if not rows:
-        raise StageError(f"source '{source.name}': no image ({', '.join(SUFFIXES)}) under '{source.path}'")
-    digest = hashlib.sha256(json.dumps(sorted(sizes.items())).encode() + raw).hexdigest()
-    return [json.dumps(rows[i : i + rows_per_shard]) for i in range(0, len(rows), rows_per_shard)], digest
-
-
-def _attach(line: bytes, items: dict[str, Row]) -> Row | None:
-    """Lays a record beside its file; where that cannot be done, a row that says why."""
-
-    def stray(reason: Reason, problem: str, path: str = "") -> Row:
-        return {"path": path, "reason": reason, "problem": f"{RECORDS}: {problem}"}
-
-    try:
-        text = line.decode("utf-8")
-        path = json.loads(text)["image"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        return stray(Reason.BAD_RECORD, f"no JSON object with an 'image': {error!r} in {line[:80]!r}")
-    path = posixpath.normpath(str(path))
-    if path.startswith(("..", "/")):
-        return stray(Reason.BAD_RECORD, f"image '{path}' is outside the folder: paths are relative and stay inside")
-    if path not in items:
-        return stray(Reason.MISSING_FILE, f"image '{path}' is not in the folder", path)
-    if "record" in items[path]:
-        return stray(Reason.DUPLICATE_ID, f"image '{path}' has two lines: put all its turns into one", path)
-    items[path]["record"] = text
-    return None
-
-
-def _same_bytes(fs: Any, folder: str, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Each file that has the bytes of an earlier one, and that one; only files of equal size are read."""
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for path, size in sizes.items():
-        by_size[size].append(path)
-    for size, paths in by_size.items():
-        first: dict[str, str] = {}
-        for path in paths if size and len(paths) > 1 else ():
-            other = first.setdefault(hashlib.sha256(fs.cat_file(posixpath.join(folder, path))).hexdigest(), path)
-            if other != path:
-                yield path, other
-
-
-def _folder_row(uri: str, image: StoredImage, record: Record) -> Row | Reject:
-    key = image_id(image.data)
+def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
+    record = found.record
 
     def refuse(reason: Reason, message: str) -> Reject:
-        return Reject(reason, f"{RECORDS}: {message}", id=key, uri=uri)
+        return Reject(reason, message, id=key, uri=found.uri)
 
     count = max(len(record.boxes), len(record.masks))
     if record.boxes and record.masks and len(record.boxes) != len(record.masks):
@@ -284,14 +193,14 @@ def _folder_row(uri: str, image: StoredImage, record: Record) -> Row | Reject:
         return refuse(Reason.BAD_MASK, str(error))
     return {
         "id": key,
-        "uri": uri,
+        "uri": found.uri,
         "image": image.data,
         "width": image.width,
         "height": image.height,
         "turns": [turn.model_dump(mode="json") for turn in record.turns],
         "masks": masks,
-        "boxes": [_box_row(box) for box in boxes],
-        "recorded_depth": None,
+        "boxes": [dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)) for box in boxes],
+        "recorded_depth": _fitted_depth(found.recorded_depth, image),
     }
 
 
@@ -303,22 +212,39 @@ def _fitted(mask: Rle, image: StoredImage) -> Rle:
         raise ValueError(
             f"mask is {mask_HW.shape[0]} x {mask_HW.shape[1]}, the upright image {expected}: mend its size"
         )
-    if mask_HW.shape != (image.height, image.width):
-        size = (image.width, image.height)
-        mask_HW = np.asarray(Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST))
+    if mask_HW.shape == (image.height, image.width):
+        return mask
+    size = (image.width, image.height)
+    mask_HW = np.asarray(Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST))
     return masks_to_rle(mask_HW[None])[0]
 
 
-def _result(rows: Sequence[Row | Reject]) -> ShardResult:
+def _fitted_depth(depth: bytes | None, image: StoredImage) -> bytes | None:
+    """The recorded depth at the stored image's size; nearest, since a mean of near and far is neither."""
+    if depth is None or image.scale == 1.0:
+        return depth
+    depth_HW = Image.fromarray(decode_depth16(depth))
+    return encode_depth16(np.asarray(depth_HW.resize((image.width, image.height), Image.Resampling.NEAREST)))
+
+
+def _merged(kept: pa.Table, read: int, refused: Sequence[Reject], made: Mapping[int, Row | Reject]) -> ShardResult:
+    """All rows of a shard after some refused ones were tried again, in the order in which they are read."""
+    numbers = sorted(set(range(read)) - {reject.row for reject in refused})
+    outcomes: dict[int, Row | Reject] = dict(zip(numbers, kept.to_pylist(), strict=True))
+    outcomes |= {reject.row: reject for reject in refused}
+    return _result(sorted((outcomes | dict(made)).items()))
+
+
+def _result(outcomes: Iterator[tuple[int, Row | Reject]] | Sequence[tuple[int, Row | Reject]]) -> ShardResult:
     """The shard's table and rejects, an image that stands in it already refused."""
     kept: dict[str, Row] = {}
     rejects: list[Reject] = []
-    for row in rows:
+    for number, row in outcomes:
         if isinstance(row, Reject):
-            rejects.append(row)
+            rejects.append(Reject(row.reason, row.message, row.id, row.uri, number))
         elif row["id"] in kept:
             message = f"the same image as {kept[row['id']]['uri']}: keep one of them"
-            rejects.append(Reject(Reason.DUPLICATE_ID, message, id=row["id"], uri=row["uri"]))
+            rejects.append(Reject(Reason.DUPLICATE_ID, message, row["id"], row["uri"], number))
         else:
             kept[row["id"]] = row
-    return ShardResult(pa.Table.from_pylist(list(kept.values()), schema=IMAGES), len(rows), rejects)
+    return ShardResult(pa.Table.from_pylist(list(kept.values()), schema=IMAGES), len(kept) + len(rejects), rejects)

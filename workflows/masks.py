@@ -12,7 +12,7 @@ without such questions every mask counts. The other masks are kept, their qualit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,8 @@ from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import MASKS, Reason
 from workflows.commits import Table
-from workflows.runtime import Job, Reject, ShardResult, ahead, device, run_shards, settings_digest, weights
+from workflows.runtime import ahead, device, settings_digest, weights
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, shards_of
 from workflows.store import open_root
 
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`
@@ -37,15 +38,17 @@ Row = dict[str, Any]
 class MaskWorker:
     """Passes recorded masks through, and prompts the teacher with the boxes of the other images."""
 
-    def __init__(self, root: str, teacher: str, min_predicted_iou: float, min_stability: float, threads: int) -> None:
+    def __init__(self, teacher: str, min_predicted_iou: float, min_stability: float, threads: int) -> None:
         torch.set_num_threads(threads)  # other thread counts round differently
-        self.root = open_root(root)
         self.teacher = MaskTeacher.from_pretrained(teacher, device=device())
         self.min_predicted_iou, self.min_stability = min_predicted_iou, min_stability
 
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
+    def process(self, work: Work) -> ShardResult:
         """One row or one reject per image; files are decoded while the model runs."""
-        images = Table(self.root, "images", source).read_shard(shard, COLUMNS).to_pylist()
+        return by_id(work, COLUMNS, self._masks)
+
+    def _masks(self, table: pa.Table) -> ShardResult:
+        images = table.to_pylist()
         without = [row for row in images if not row["masks"] and row["boxes"]]
         drawn = dict(self._drawn(without))
         rows = [self._judged(row, drawn[row["id"]]) if row["id"] in drawn else _recorded(row) for row in images]
@@ -82,8 +85,11 @@ class MaskWorker:
         }
 
 
-def run(recipe: Recipe) -> None:
-    """Fills the masks table of every source; raises StageError where that cannot be done."""
+def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
+    """Fills the masks table of every source; raises StageError where that cannot be done.
+
+    Rows that were refused for a reason of `retry` are tried again.
+    """
     root, section = open_root(recipe.root), recipe.masks
     source = weights(section.teacher, "segmenter")
     teacher = MaskTeacher.from_pretrained(source)
@@ -98,17 +104,16 @@ def run(recipe: Recipe) -> None:
     jobs = []
     for name in (source.name for source in recipe.sources):
         images = Table(root, "images", name).require()
-        payloads = [""] * len(images.shards)
-        chain = {**inputs, "images": images.digest}
-        jobs.append(Job(Table(root, "masks", name), payloads, chain, [*images.licences, licence]))
+        table, over = Table(root, "masks", name), Table(root, "images", name)
+        job = Job(table, over, shards_of(images=images), inputs, [*images.licences, licence], expected=images.kept)
+        jobs.append(job)
     arguments = {
-        "root": recipe.root,
         "teacher": source,
         "min_predicted_iou": section.min_predicted_iou,
         "min_stability": section.min_stability,
         "threads": section.pool.threads,
     }
-    run_shards(recipe, jobs, MaskWorker, arguments, pool=section.pool)
+    run_shards(recipe, jobs, MaskWorker, arguments, pool=section.pool, retry=retry)
 
 
 def _recorded(row: Row) -> Row:

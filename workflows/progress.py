@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
 
-from schemas.manifest import ShardCommit
+from schemas.manifest import Manifest, ShardCommit
 
 LOG_EVERY_S = 10.0
 
@@ -47,3 +49,13 @@ class ShardProgress:
         if not self.live and (now - self.said > LOG_EVERY_S or self.done == self.total):
             self.said = now
             log.info("%s: %d of %d shards, %s, %.0f s left", self.stage, self.done, self.total, note, left)
+
+
+def summarise(manifests: Sequence[Manifest]) -> None:
+    """Prints a table with a line per source: shards, rows, rejects, rows/s of one actor."""
+    table = RichTable("table", "source", "shards", "read", "kept", "rejected", "rows/s an actor")
+    for manifest in manifests:
+        rate = manifest.extra.get("rows_done", 0) / manifest.seconds if manifest.seconds else 0.0
+        counts = (len(manifest.shards), manifest.read, manifest.kept, manifest.rejected)
+        table.add_row(manifest.stage, manifest.source, *(f"{n:,}" for n in counts), f"{rate:.1f}" if rate else "-")
+    Console(stderr=True).print(table)

@@ -1,20 +1,33 @@
-"""Where a run lies: a local folder or an s3:// address, and the exclusive create that commits need of it."""
+"""Where a run lies: a local folder or an s3:// address, and the exclusive create that commits need of it.
+
+Every request to a store is repeated where its failure may pass (perceptio.data.store); a StageError says where it did
+not. A create can be repeated because its bytes are the attempt's own: a file that stands with just these bytes is the
+one that an earlier try wrote and whose answer was lost.
+"""
 
 from __future__ import annotations
 
 import os
 import posixpath
 import secrets
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from perceptio.data.store import StoreError, answer_of, filesystem, retried
 from schemas.manifest import MANIFEST_NAME, Manifest
 
 STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
+PART_BYTES = 50 * 2**20  # an object of two parts or more is uploaded in parts, each repeated by itself
+THREADS = 16  # small files are all waiting for the store
+
+Found = TypeVar("Found")
 
 
 class StageError(Exception):
@@ -41,12 +54,24 @@ class Root:
         return posixpath.normpath(posixpath.join(self.path, *parts))
 
     def read(self, *parts: str) -> bytes | None:
-        """The bytes of a file, None where there is none."""
+        """All bytes of a file, None where there is none. Raises StageError where the store does not give them."""
+        path = self.at(*parts)
         try:
-            data: bytes = self.fs.cat_file(self.at(*parts))
+            data: bytes = self._ask("reading", path, lambda: self.fs.cat_file(path))
         except FileNotFoundError:
             return None
         return data
+
+    def read_many(self, paths: Iterable[str]) -> dict[str, bytes | None]:
+        """The bytes of many small files by their path, None where there is none; THREADS are read at a time."""
+        wanted = list(paths)
+        with ThreadPoolExecutor(THREADS) as pool:
+            return dict(zip(wanted, pool.map(self.read, wanted), strict=True))
+
+    def exists(self, *parts: str) -> bool:
+        """True if the file or folder is there."""
+        path = self.at(*parts)
+        return bool(self._ask("looking for", path, lambda: self.fs.exists(path)))
 
     def write(self, data: bytes, *parts: str) -> None:
         """Writes or replaces a file: readers see all of it or nothing."""
@@ -54,39 +79,81 @@ class Root:
         if self._local:
             os.replace(_draft(path, data), path)  # noqa: PTH105
         else:
-            self.fs.pipe_file(path, data)
+            self._ask("writing", path, lambda: self.fs.pipe_file(path, data, chunksize=PART_BYTES))
 
     def create(self, data: bytes, *parts: str) -> bool:
-        """True if the file was created now, whole and by nobody else; False if it stood already."""
-        path = self.at(*parts)
+        """True if the file was created now, whole and by nobody else; False if it stood already with other bytes.
+
+        The bytes must tell attempts apart: whoever finds just these bytes takes the file for its own.
+        """
+        # a repeated try can meet what the first one wrote
+        return self._create(data, self.at(*parts)) or self.read(*parts) == data
+
+    def require_exclusive_create(self, *folder: str) -> None:
+        """Raises StageError where the store replaces a file that it was asked to create: markers would mean nothing.
+
+        Two writes and a deletion of a small file, whose name is this call's own.
+        """
+        path = self.at(*folder, f"_exclusive-{secrets.token_hex(8)}")
         try:
-            if self._local:
-                draft = _draft(path, data)
-                try:
-                    os.link(draft, path)  # as exclusive as O_EXCL, and never half written
-                finally:
-                    draft.unlink()
-            else:
-                self.fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return self.read(*parts) == data  # a store's own retry can meet what its first try wrote
-        return True
+            self._create(b"first", path)
+            replaced = self._create(b"second", path)
+        finally:
+            self._delete(path)
+        if replaced:
+            raise StageError(
+                f"{self.uri}: the store replaced a file that it was asked to create (PUT with `If-None-Match: *`), so"
+                " two attempts could commit the same shard; expected the second to be refused, as local disks and S3"
+                " do: choose another root, or a newer version of this store"
+            )
 
     def files(self, *parts: str) -> list[str]:
         """Names of the files in a folder, sorted."""
-        self.fs.invalidate_cache()
+        path = self.at(*parts)
         try:
-            found = self.fs.ls(self.at(*parts), detail=True)
+            found = self._ask("listing", path, lambda: self.fs.ls(path, detail=True))
         except FileNotFoundError:
             return []
         return sorted(posixpath.basename(entry["name"]) for entry in found if entry["type"] == "file")
 
+    def folders(self, *parts: str) -> list[str]:
+        """Names of the folders in a folder, sorted."""
+        path = self.at(*parts)
+        try:
+            found = self._ask("listing", path, lambda: self.fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry["name"].rstrip("/")) for entry in found if entry["type"] == "directory")
+
+    def columns(self, names: Sequence[str], *parts: str) -> pa.Table:
+        """Some columns of a Parquet file; nothing else of it is read. Raises DamagedTableError where it cannot be."""
+        path = self.at(*parts)
+
+        def read() -> pa.Table:
+            with self.fs.open(path, "rb") as stream:
+                return pq.read_table(stream, columns=list(names))
+
+        try:
+            return self._ask("reading", path, read)
+        except FileNotFoundError as error:
+            raise DamagedTableError(f"file {path} is missing: restore it, or delete its marker and rerun") from error
+        except pa.ArrowException as error:
+            raise DamagedTableError(f"file {path} is no Parquet file ({error}): restore it, or rerun") from error
+
+    def size_and_age(self, path: str, now: float) -> tuple[int, float]:
+        """Bytes of a file under the root, and seconds since it was written."""
+        info = self._ask("looking at", self.at(path), lambda: self.fs.info(self.at(path)))
+        written = info.get("mtime", info.get("LastModified"))
+        return int(info["size"]), now - (written.timestamp() if hasattr(written, "timestamp") else float(written))
+
     def delete(self, *parts: str) -> None:
         """Deletes a file; one that is gone already is no error."""
-        try:
-            self.fs.rm_file(self.at(*parts))
-        except FileNotFoundError:
-            return
+        self._delete(self.at(*parts))
+
+    def delete_many(self, paths: Iterable[str]) -> None:
+        """Deletes files by their path, THREADS at a time; those that are gone already are no error."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(self.delete, paths))
 
     def manifest(self, *folder: str) -> Manifest | None:
         """The manifest of a finished folder, None where it is not finished."""
@@ -96,6 +163,50 @@ class Root:
         except ValidationError as error:
             raise DamagedTableError(f"{self.at(*folder, MANIFEST_NAME)} cannot be read: {error}") from error
 
+    def _create(self, data: bytes, path: str) -> bool:
+        """True if this very try made the file; False if it stood, be it from a try of ours whose answer was lost."""
+        try:
+            if self._local:
+                draft = _draft(path, data)
+                try:
+                    os.link(draft, path)  # as exclusive as O_EXCL, and never half written
+                finally:
+                    draft.unlink()
+            else:
+                self._ask("creating", path, lambda: self.fs.pipe_file(path, data, mode="create"))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            answer = answer_of(error)
+            # stores that do not name the condition that failed: s3fs cannot tell which one it was
+            if answer is None or answer.response["Error"].get("Code") not in ("PreconditionFailed", "412"):
+                raise
+            return False
+        return True
+
+    def _delete(self, path: str) -> None:
+        try:
+            self._ask("deleting", path, lambda: self.fs.rm_file(path))
+        except FileNotFoundError:
+            return
+
+    def _ask(self, doing: str, path: str, call: Callable[[], Found]) -> Found:
+        """What the store answers. Raises StageError where it fails for long or refuses, OSError as local disks do."""
+        if self._local:
+            return call()
+        what = f"{doing} {self.fs.unstrip_protocol(path)}"
+        try:
+            return retried(call, what)
+        except StoreError as error:
+            raise StageError(str(error)) from error
+        except FileNotFoundError as error:
+            answer = answer_of(error)
+            if answer is not None and answer.response["Error"].get("Code") == "NoSuchBucket":
+                raise StageError(f"{what}: there is no such bucket: make it, or choose another root") from error
+            raise
+        except PermissionError as error:
+            raise StageError(f"{what}: refused ({error}): give these keys the right to do so, or use others") from error
+
     @property
     def _local(self) -> bool:
         return "file" in self.fs.protocol
@@ -103,7 +214,7 @@ class Root:
 
 def open_root(uri: str) -> Root:
     """The root at a local path or s3:// address. Raises StageError for a store without exclusive create."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem(uri)
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
     if not set(protocols) & set(STORES):
         raise StageError(f"root '{uri}' is on '{protocols[0]}', expected one of {STORES}: others may double rows")

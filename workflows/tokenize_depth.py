@@ -11,6 +11,7 @@ Shape legend: B batch, H, W image height and width, S the codebook's image side,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from perceptio.data.images import decode_depth16, encode_depth16
 from perceptio.depth.codec import DepthCodec
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
-from schemas.tables import CODES
+from schemas.tables import CODES, Reason
 from workflows.commits import Table
 from workflows.folders import local_copy, require
-from workflows.runtime import Job, ShardResult, ahead, device, run_shards, settings_digest
+from workflows.runtime import ahead, device, settings_digest
+from workflows.shards import Job, ShardResult, Work, by_id, run_shards, shards_of
 from workflows.store import OtherInputsError, open_root
 
 STEPS = 65535  # inv_depth 1.0 in 16 bits
@@ -38,13 +40,16 @@ class CodecWorker:
 
     def __init__(self, root: str, batch_size: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.root, self.batch_size = open_root(root), batch_size
-        folder = local_copy(self.root, "codebook", stage="codebook")
+        self.batch_size = batch_size
+        folder = local_copy(open_root(root), "codebook", stage="codebook")
         self.codec = DepthCodec.from_pretrained(folder, device=device())
 
-    def process(self, source: str, shard: int, payload: str) -> ShardResult:
+    def process(self, work: Work) -> ShardResult:
         """One row of codes per map."""
-        maps = Table(self.root, "depth", source).read_shard(shard, ["id", "inv_depth"]).to_pylist()
+        return by_id(work, ["id", "inv_depth"], self._codes)
+
+    def _codes(self, table: pa.Table) -> ShardResult:
+        maps = table.to_pylist()
         batches = [maps[i : i + self.batch_size] for i in range(0, len(maps), self.batch_size)]
         decoded = ahead(lambda batch: [decode_depth16(row["inv_depth"]) for row in batch], batches)
         rows: list[Row] = []
@@ -65,22 +70,22 @@ class CodecWorker:
         ]
 
 
-def run(recipe: Recipe) -> None:
-    """Fills the codes table of every source; raises OtherInputsError for a codebook of other depth."""
+def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
+    """Fills the codes table of every source; raises OtherInputsError for a codebook of other depth.
+
+    Rows that were refused for a reason of `retry` are tried again.
+    """
     root, section = open_root(recipe.root), recipe.tokenize
     codebook = require(root, "codebook", stage="codebook")
     jobs = []
     for name in (source.name for source in recipe.sources):
         depth = Table(root, "depth", name).require()
         require_kin(codebook, depth)
-        inputs = {
-            "settings": settings_digest(section, section.pool),
-            "codebook": codebook.digest,
-            "depth": depth.digest,
-        }
-        jobs.append(Job(Table(root, "codes", name), [""] * len(depth.shards), inputs, depth.licences))
+        inputs = {"settings": settings_digest(section, section.pool), "codebook": codebook.digest}
+        table, over = Table(root, "codes", name), Table(root, "depth", name)
+        jobs.append(Job(table, over, shards_of(depth=depth), inputs, depth.licences, expected=depth.kept))
     arguments = {"root": recipe.root, "batch_size": section.batch_size, "threads": section.pool.threads}
-    run_shards(recipe, jobs, CodecWorker, arguments, pool=section.pool)
+    run_shards(recipe, jobs, CodecWorker, arguments, pool=section.pool, retry=retry)
 
 
 def require_kin(codebook: Manifest, depth: Manifest) -> None:

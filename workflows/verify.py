@@ -2,60 +2,90 @@
 
     perceptio verify --recipe rooms
 
-Reads   every table of every source, and the codebook's manifest
+Reads   every table of every source, whole, and the manifests of codebook and model
 Writes  nothing
-Needs   CPUs; memory for one shard, and for the ids of one table
+Needs   CPUs, the pool of `ingest`; an actor holds one shard, the driver 8 bytes a row of every table
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
 import logging
 import posixpath
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+from ray.exceptions import RayError
 
-from schemas.manifest import FileEntry, Manifest, ShardCommit
+from schemas.manifest import Manifest, ShardCommit
 from schemas.recipe import Recipe
-from schemas.tables import REJECTS, TABLES
+from schemas.tables import TABLES
 from workflows.commits import Table, content_digest, table_digest
+from workflows.forgotten import requests
+from workflows.runtime import start
 from workflows.store import DamagedTableError, Root, StageError, open_root
+
+MADE_OF = {"depth": ("images",), "masks": ("images",), "codes": ("depth", "images"), "samples": ("images",)}
+NO_IDS: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+SHOWN = 100  # problems in the message; all are logged
 
 log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> None:
-    """Raises DamagedTableError with every problem found; logs the number of tables where there is none."""
+    """Raises DamagedTableError with every problem found; logs the number of tables and rows where there is none."""
     root = open_root(recipe.root)
     tables = [Table(root, name, source.name) for source in recipe.sources for name in TABLES]
-    standing = [table for table in tables if table.committed() or table.manifest() is not None]
+    standing = [
+        table
+        for table in tables
+        if table.manifest() is not None or table.root.files(table.name, table.source, "_commits")
+    ]
     if not standing:
         raise StageError(f"no table stands under '{recipe.root}': give the --root of a run")
-    problems = [f"{table}: {problem}" for table in standing for problem in problems_of(table)]
+    checks = [(table, *_open(table)) for table in standing]
+    found = _check_all(recipe, [(table, commit) for table, commits, _ in checks for commit in commits.values()])
+    problems = []
+    for table, commits, own in checks:
+        shards = {shard: found[table.name, table.source, shard] for shard in commits}
+        problems += [f"{table}: {text}" for text in [*own, *_of_table(table, commits, shards)]]
+    for request in requests(root):
+        for folder in request.made_from_them:
+            log.warning("%s was made from images that were forgotten on %s: make it anew", folder, request.at)
+    for problem in problems:
+        log.error("%s", problem)
     if problems:
-        raise DamagedTableError(f"{len(problems)} problems under '{recipe.root}':\n  " + "\n  ".join(problems))
-    log.info("%d tables under %s are complete and as they were committed", len(standing), recipe.root)
+        shown = "\n  ".join(problems[:SHOWN])
+        raise DamagedTableError(f"{len(problems)} problems under '{recipe.root}':\n  {shown}")
+    rows = sum(commit.read for _, commits, _ in checks for commit in commits.values())
+    log.info("%d tables under %s are complete and as they were committed, %d rows", len(checks), recipe.root, rows)
 
 
 def problems_of(table: Table) -> list[str]:
-    """What is wrong with a table, a line each; [] where it is complete and every file is as it was committed."""
+    """What is wrong with one table, a line each; [] where it is complete and every file is as it was committed."""
+    commits, own = _open(table)
+    return [*own, *_of_table(table, commits, {shard: check(table, commit) for shard, commit in commits.items()})]
+
+
+def _open(table: Table) -> tuple[dict[int, ShardCommit], list[str]]:
+    """The table's markers, and what is wrong with them or with the manifest."""
     try:
-        commits = table.committed()
-        manifest = table.manifest()
+        commits, manifest = table.committed(), table.manifest()
     except DamagedTableError as error:
-        return [str(error)]
+        return {}, [str(error)]
     if manifest is None:
-        return [f"no manifest, {len(commits)} shards committed: run `{table.stage}` to finish it"]
-    problems = list(_against_manifest(manifest, commits))
-    seen: dict[str, int] = {}
-    for shard in sorted(commits):
-        problems += _shard_problems(table, commits[shard], seen)
-    problems += [f"{path}: no marker names this file: a copy, or left by a killed attempt" for path in table.unnamed()]
-    return problems + list(_chain_problems(table.root, manifest))
+        return commits, [f"no manifest, {len(commits)} shards committed: run `{table.stage}` to finish it"]
+    return commits, [*_against_manifest(manifest, commits), *_chain_problems(table, manifest)]
 
 
-def _against_manifest(manifest: Manifest, commits: dict[int, ShardCommit]) -> Iterator[str]:
+def _against_manifest(manifest: Manifest, commits: Mapping[int, ShardCommit]) -> Iterator[str]:
     listed = {commit.shard: commit for commit in manifest.shards}
     for shard in sorted({*listed, *commits}):
         if listed.get(shard) != commits.get(shard):
@@ -68,46 +98,163 @@ def _against_manifest(manifest: Manifest, commits: dict[int, ShardCommit]) -> It
         yield f"the manifest's digest {manifest.digest[:16]} is not that of its shards"
 
 
-def _shard_problems(table: Table, commit: ShardCommit, seen: dict[str, int]) -> Iterator[str]:
-    """Problems of one shard's files; adds its ids to `seen` (id -> shard)."""
-    try:
-        if commit.data is not None:
-            rows = table.read_shard(commit.shard)
-            yield from _row_problems(commit, commit.data, rows.num_rows)
-            if not rows.schema.equals(table.schema):
-                yield f"{commit.data.path}: columns are {rows.schema.names}, expected {table.schema.names}"
-            elif content_digest(rows) != commit.content:
-                yield f"{commit.data.path}: the rows' digest is not the marker's {commit.content[:16]}"
-            for key in rows["id"].to_pylist():
-                if key in seen:
-                    yield f"id {key} stands in shards {seen[key]} and {commit.shard}"
-                seen[key] = commit.shard
-        elif commit.kept:
-            yield f"shard {commit.shard}: {commit.kept} rows kept, but no file named"
-        if commit.rejects is not None:
-            rejects = pq.read_table(io.BytesIO(table.checked(commit.rejects)), schema=REJECTS)
-            yield from _row_problems(commit, commit.rejects, rejects.num_rows)
-    except DamagedTableError as error:
-        yield str(error).removeprefix(f"{table}: ")
-
-
-def _row_problems(commit: ShardCommit, entry: FileEntry, found: int) -> Iterator[str]:
-    counted = commit.kept if entry is commit.data else commit.rejected
-    if not found == entry.rows == counted:
-        yield f"{entry.path}: {found} rows, its entry says {entry.rows}, the marker {counted}"
-
-
-def _chain_problems(root: Root, manifest: Manifest) -> Iterator[str]:
+def _chain_problems(table: Table, manifest: Manifest) -> Iterator[str]:
     """Inputs that are no longer what this table was made from."""
-    for name, digest in manifest.inputs.items():
-        folder = (name, manifest.source) if name in TABLES else (name,)
-        if name not in TABLES and name != "codebook":
-            continue
-        standing = root.manifest(*folder)
+    for kind in sorted({kind for commit in manifest.shards for kind in commit.inputs}):
+        standing = table.root.manifest(kind, table.source)
         if standing is None:
-            yield f"its input {posixpath.join(*folder)} has no manifest"
-        elif standing.digest != digest:
+            yield f"its input {posixpath.join(kind, table.source)} has no manifest"
+            continue
+        contents = {commit.shard: commit.content for commit in standing.shards}
+        stale = [c.shard for c in manifest.shards if c.inputs.get(kind, "") != contents.get(c.shard)]
+        if stale:
             yield (
-                f"made from {posixpath.join(*folder)} {digest[:16]}, which is now {standing.digest[:16]}:"
-                f" delete {manifest.stage}'s table and run it again"
+                f"{len(stale)} shards, first {stale[0]}, were made from another {posixpath.join(kind, table.source)}"
+                f" than stands now: run `{table.stage}` again"
             )
+        missing = sorted(set(contents) - {commit.shard for commit in manifest.shards})
+        if missing:
+            yield f"{len(missing)} shards, first {missing[0]}, of its input {kind} are not in it: run `{table.stage}`"
+    yield from _codebook_problems(table.root, manifest)
+
+
+def _codebook_problems(root: Root, manifest: Manifest) -> Iterator[str]:
+    if "codebook" not in manifest.inputs:
+        return
+    standing = root.manifest("codebook")
+    if standing is None:
+        yield "its input codebook has no manifest"
+    elif standing.digest != manifest.inputs["codebook"]:
+        yield (
+            f"made with codebook {manifest.inputs['codebook'][:16]}, which is now {standing.digest[:16]}: delete this"
+            f" table and run `{manifest.stage}` again"
+        )
+
+
+def _check_all(recipe: Recipe, shards: Collection[tuple[Table, ShardCommit]]) -> dict[tuple[str, str, int], Checked]:
+    """What was found of every shard by table, source and number, from an actor pool."""
+    if not shards:
+        return {}
+    start(recipe)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [
+        {"name": table.name, "source": table.source, "commit": commit.model_dump_json()} for table, commit in shards
+    ]
+    pool = recipe.ingest.pool
+    checker: Any = _Checker
+    checked = ray.data.from_items(rows, override_num_blocks=min(len(rows), 8 * pool.max_actors)).map(
+        checker,
+        fn_constructor_kwargs={"uri": recipe.root},
+        compute=ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+        num_cpus=pool.cpus,
+    )
+    try:
+        return {
+            (row["name"], row["source"], row["shard"]): Checked(
+                json.loads(row["problems"]), np.frombuffer(row["ids"], np.uint64)
+            )
+            for row in checked.iter_rows()
+        }
+    except RayError as error:
+        raise StageError(f"verify: {error}") from error
+
+
+class _Checker:
+    """The callable of the pool: one marker in, its problems and ids out."""
+
+    def __init__(self, uri: str) -> None:
+        self.root = open_root(uri)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        commit = ShardCommit.model_validate_json(row["commit"])
+        found = check(Table(self.root, row["name"], row["source"]), commit)
+        where = {"name": row["name"], "source": row["source"], "shard": commit.shard}
+        return {**where, "problems": json.dumps(found.problems), "ids": found.ids.tobytes()}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found out about one shard."""
+
+    problems: list[str]
+    ids: npt.NDArray[np.uint64]  # which may stand in no other shard
+
+
+def check(table: Table, commit: ShardCommit) -> Checked:
+    """The problems of one shard's files."""
+    try:
+        rows, rejects = table.rows_of(commit), table.rejects_of(commit)
+    except (DamagedTableError, pa.ArrowException) as error:
+        return Checked([str(error).removeprefix(f"{table}: ")], NO_IDS)
+    problems = [*_count_problems(commit, rows, rejects), *_content_problems(table, commit, rows)]
+    ids: list[str] = rows["id"].to_pylist()
+    problems += _id_problems(table, commit, ids, rejects)
+    if table.name == "listing":  # the same file may be listed twice: `ingest` keeps one
+        return Checked(problems, NO_IDS)
+    return Checked(problems, np.array([int(key, 16) for key in ids], np.uint64))
+
+
+def _count_problems(commit: ShardCommit, rows: pa.Table, rejects: pa.Table) -> Iterator[str]:
+    for entry, found, counted in ((commit.data, rows, commit.kept), (commit.rejects, rejects, commit.rejected)):
+        named = 0 if entry is None else entry.rows
+        if not found.num_rows == named == counted:
+            path = f"shard {commit.shard}" if entry is None else entry.path
+            yield f"{path}: {found.num_rows} rows, its entry says {named}, the marker {counted}"
+    reasons = dict(sorted(Counter(rejects["reason"].to_pylist()).items()))
+    if reasons != commit.reasons:
+        yield f"shard {commit.shard}: its rejects say {reasons}, its marker {commit.reasons}"
+    numbers = rejects["row"].to_pylist()
+    if len(set(numbers)) != len(numbers) or any(not 0 <= number < commit.read for number in numbers):
+        yield f"shard {commit.shard}: rejects name rows {sorted(numbers)[:5]}, expected each once, below {commit.read}"
+
+
+def _content_problems(table: Table, commit: ShardCommit, rows: pa.Table) -> Iterator[str]:
+    path = f"shard {commit.shard}" if commit.data is None else commit.data.path
+    if not rows.schema.equals(table.schema):
+        yield f"{path}: columns are {rows.schema.names}, expected {table.schema.names}"
+    elif content_digest(rows) != commit.content:
+        yield f"{path}: the rows' digest is not the marker's {commit.content[:16]}"
+    elif table.name == "images":
+        pairs = zip(rows["id"].to_pylist(), rows["image"], strict=True)
+        wrong = [key for key, image in pairs if hashlib.sha256(image.as_buffer()).hexdigest()[: len(key)] != key]
+        if wrong:
+            yield f"{path}: {len(wrong)} ids are not the hash of their image, e.g. {wrong[0]}"
+
+
+def _id_problems(table: Table, commit: ShardCommit, ids: list[str], rejects: pa.Table) -> Iterator[str]:
+    """Ids that stand twice in a shard, that its input does not have, or that the input has and were lost."""
+    doubled = [key for key, n in Counter(ids).items() if n > 1]
+    if doubled:
+        yield f"shard {commit.shard}: {len(doubled)} ids stand twice, e.g. {doubled[0]}"
+    over = next((kind for kind in MADE_OF.get(table.name, ()) if kind in commit.inputs), None)
+    if over is None:
+        return
+    source = Table(table.root, over, table.source)
+    try:
+        made_from = source.find(commit.shard)
+        known = set() if made_from is None else set(source.ids_of(made_from))
+    except (DamagedTableError, OSError, pa.ArrowException):
+        return  # the input's own check names what is wrong with it
+    if made_from is None or made_from.content != commit.inputs[over]:
+        return  # the chain's check names it
+    here = {*ids, *rejects["id"].to_pylist()}
+    if lost := sorted(known - here):
+        yield f"shard {commit.shard}: {len(lost)} ids of {source} are neither kept nor refused, e.g. {lost[0]}"
+    if strange := sorted(here - known):
+        yield f"shard {commit.shard}: {len(strange)} ids are not in {source}, e.g. {strange[0]}"
+
+
+def _of_table(table: Table, commits: Mapping[int, ShardCommit], shards: Mapping[int, Checked]) -> Iterator[str]:
+    """The problems of all shards, ids that stand in two of them, and files that no marker names."""
+    for shard in sorted(shards):
+        yield from shards[shard].problems
+    keys = np.concatenate([NO_IDS, *(shards[shard].ids for shard in sorted(shards))])
+    numbers = np.repeat(sorted(shards), [len(shards[shard].ids) for shard in sorted(shards)])
+    order = np.argsort(keys, kind="stable")
+    keys, numbers = keys[order], numbers[order]
+    for i in np.flatnonzero(keys[1:] == keys[:-1]):
+        if numbers[i] != numbers[i + 1]:
+            yield f"id {int(keys[i]):016x} stands in shards {numbers[i]} and {numbers[i + 1]}"
+    for path in table.unnamed(commits):
+        yield f"{path}: no marker names this file: a copy, or left by a killed attempt; see `perceptio clean`"

@@ -27,7 +27,8 @@ from schemas.recipe import Recipe
 from schemas.tables import Reason
 from workflows import assemble, depth, ingest, runtime, tokenize_depth, verify
 from workflows.commits import Table
-from workflows.runtime import NotEnoughError, TooManyRejectsError
+from workflows.runtime import NotEnoughError
+from workflows.shards import TooManyRejectsError
 from workflows.store import DamagedTableError, OtherInputsError, open_root
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
@@ -242,7 +243,13 @@ def test_records_bring_turns_masks_and_boxes_or_say_what_is_wrong(tmp_path: Path
     mask = np.zeros((1, 40, 60), bool)
     mask[0, 5:20, 10:30] = True
     rle = masks_to_rle(mask)[0]
-    turn = {"kind": "referring", "prompt": "Segment the patch.", "answer": "Sure.", "objects": [0]}
+    turn = {
+        "kind": "referring",
+        "prompt": "Segment the patch.",
+        "answer": "Sure.",
+        "expression": "the patch",
+        "objects": [0],
+    }
     lines: list[Any] = [
         {"image": "0.png", "turns": [turn], "masks": [rle], "boxes": [[10, 5, 30, 20]]},
         {"image": "1.png", "turns": [{**turn, "objects": [1]}], "masks": [rle]},

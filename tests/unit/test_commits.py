@@ -31,7 +31,8 @@ def rows(shard: int, count: int = ROWS) -> pa.Table:
 def rejects(shard: int, count: int = 1) -> pa.Table:
     where = {"stage": "tokenize", "source": "rooms", "shard": shard, "id": "", "message": "cut off"}
     return pa.Table.from_pylist(
-        [{**where, "uri": f"{i}.png", "reason": Reason.TRUNCATED_IMAGE.value} for i in range(count)], schema=REJECTS
+        [{**where, "row": ROWS + i, "uri": f"{i}.png", "reason": Reason.TRUNCATED_IMAGE.value} for i in range(count)],
+        schema=REJECTS,
     )
 
 
@@ -240,8 +241,8 @@ def test_verify_finds_an_id_that_stands_in_two_shards(table: Table) -> None:
 
 
 def test_verify_follows_the_chain(table: Table) -> None:
-    commit(table, 0)
-    table.finish(table.committed(), attempt="a", recipe="r", code="c", inputs={"depth": "1234", "codebook": "5678"})
+    table.commit(0, "first", rows(0), rejects(0), ROWS + 1, inputs={"depth": "1234"})
+    table.finish(table.committed(), attempt="a", recipe="r", code="c", inputs={"codebook": "5678"})
     assert [problem for problem in problems_of(table) if "has no manifest" in problem] == [
         "its input depth/rooms has no manifest",
         "its input codebook has no manifest",

@@ -1,0 +1,123 @@
+"""What a source holds, fixed once: a `listing` table whose shards `ingest` works through, and that `append` lengthens.
+
+Items are committed in shards as they are listed, so no listing is ever whole in memory. What is listed stays listed
+with its shard: files that come later get shards of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from perceptio.sources.open import reader_of
+from perceptio.sources.record import Item, Reader, SourceError
+from schemas.manifest import Manifest
+from schemas.recipe import Recipe, RoomsSource, Source, section_digest
+from schemas.tables import ID_DIGITS, LISTING, REJECTS
+from workflows.commits import Table, require_same
+from workflows.rooms_source import RoomsReader
+from workflows.runtime import attempt_id, code_version
+from workflows.store import Root, StageError
+
+log = logging.getLogger(__name__)
+
+
+def reader(source: Source) -> Reader:
+    """The reader of a source's format."""
+    return RoomsReader(source) if isinstance(source, RoomsSource) else reader_of(source)
+
+
+def listed(recipe: Recipe, root: Root, source: Source, *, more: bool = False) -> Manifest:
+    """The manifest of a source's finished listing; with `more`, after what is new in the source was added to it.
+
+    Raises OtherInputsError where the listing was made of another source or cut otherwise, StageError where the source
+    cannot be listed or holds nothing.
+    """
+    table, rows = Table(root, "listing", source.name), recipe.ingest.rows_per_shard
+    exclude = {"count"} if isinstance(source, RoomsSource) else set()
+    inputs = {"source": section_digest(source, exclude=exclude), "rows_per_shard": str(rows)}
+    standing = table.manifest()
+    if standing is not None:
+        require_same(str(table), standing.inputs, inputs)
+        if not more:
+            return standing
+        table.reopen()
+    table.plan(inputs)
+    commits = table.committed()
+    known = _numbers(key for shard in sorted(commits) for key in table.ids_of(commits[shard]))
+    attempt, new = attempt_id(), _unknown(reader(source).items(), known, rows)
+    guess = 1 if isinstance(source, RoomsSource) else rows  # rows of an item that does not say how many it has
+    try:
+        for shard, items in enumerate(_shards(new, rows, guess), start=len(commits)):
+            made = pa.Table.from_pylist(list(_rows(items)), schema=LISTING)
+            commits[shard] = table.commit(shard, attempt, made, REJECTS.empty_table(), made.num_rows)
+            if commits[shard].attempt != attempt:
+                raise StageError(
+                    f"{table}: shard {shard} was listed by attempt {commits[shard].attempt} at the same time: wait for"
+                    " it, then run this again"
+                )
+    except SourceError as error:
+        raise StageError(f"source '{source.name}': {error}") from error
+    if not commits:
+        raise StageError(f"source '{source.name}': it holds nothing that its format '{source.format}' reads")
+    digest, code = recipe.digest, code_version()
+    manifest = table.finish(commits, attempt=attempt, recipe=digest, code=code, inputs=inputs)
+    log.info("%s: %d items in %d shards", table, manifest.kept, len(manifest.shards))
+    return manifest
+
+
+def _rows(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
+    """The items as they are stored; one that is listed twice has another id the second time."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        seen[item.id] += 1
+        again = hashlib.sha256(f"{item.id}#{seen[item.id]}".encode()).hexdigest()[:ID_DIGITS]
+        yield {**asdict(item), "id": item.id if seen[item.id] == 1 else again}
+
+
+def _shards(items: Iterable[Item], rows_per_shard: int, guess: int) -> Iterator[list[Item]]:
+    """Items of together at most rows_per_shard rows, `guess` where they are not known; one that has more is alone."""
+    waiting: list[Item] = []
+    rows = 0
+    for item in items:
+        weight = item.rows or guess
+        if waiting and rows + weight > rows_per_shard:
+            yield waiting
+            waiting, rows = [], 0
+        waiting.append(item)
+        rows += weight
+    if waiting:
+        yield waiting
+
+
+def _unknown(items: Iterable[Item], known: npt.NDArray[np.uint64], chunk: int) -> Iterator[Item]:
+    """The items whose ids are not in the sorted array `known`."""
+    if not len(known):
+        yield from items
+        return
+    waiting: list[Item] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) == chunk:
+            yield from _new(waiting, known)
+            waiting = []
+    yield from _new(waiting, known)
+
+
+def _new(items: list[Item], known: npt.NDArray[np.uint64]) -> list[Item]:
+    keys = np.array([int(item.id, 16) for item in items], np.uint64)
+    places = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return [item for item, seen in zip(items, known[places] == keys, strict=True) if not seen]
+
+
+def _numbers(ids: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """Ids of 16 hex digits as a sorted array of 8 bytes each."""
+    return np.sort(np.fromiter((int(key, 16) for key in ids), np.uint64))

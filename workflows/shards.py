@@ -1,0 +1,419 @@
+"""Shards through an actor pool of Ray Data, each committed once: the one adapter between data stages and the engine.
+
+A stage gives `run_shards` a worker class and, for each source, the table to fill and the table that it is made from.
+Each actor of one Ray Data pool works through whole shards and commits them itself; only the small commit records
+travel back. What is committed from the same inputs is never done again, so a stage that was interrupted, or whose
+inputs grew, is finished by starting it again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray.data
+from ray.exceptions import RayError, RayTaskError
+from ray.util.metrics import Counter as Metric
+
+from schemas.manifest import Licence, Manifest, ShardCommit
+from schemas.recipe import PoolRecipe, Recipe
+from schemas.tables import BY_RULE, REJECTS, Reason
+from workflows.commits import Table, require_same
+from workflows.progress import ShardProgress, summarise
+from workflows.runtime import attempt_id, code_version, start
+from workflows.store import StageError, open_root, write_manifest
+
+log = logging.getLogger(__name__)
+NOTHING: frozenset[Reason] = frozenset()
+
+
+class TooManyRejectsError(StageError):
+    """More rows were refused than the recipe allows; the message is the table of reasons."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that was refused, with enough to fetch it again; `row` is its number among the rows that were read."""
+
+    reason: Reason
+    message: str
+    id: str = ""
+    uri: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a worker made of one shard: read = kept rows + rejects."""
+
+    table: pa.Table
+    read: int
+    rejects: Sequence[Reject] = field(default=())
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shard to do."""
+
+    table: Table  # to be filled
+    over: Table  # whose shard of the same number is read
+    shard: int
+    inputs: Mapping[str, str]  # table -> content digest of that table's shard
+    payload: str = ""
+    previous: ShardCommit | None = None  # the revision that this one follows
+    retry: frozenset[Reason] = NOTHING  # refused rows of these reasons are to be tried again
+
+    @property
+    def source(self) -> str:
+        """The source's name."""
+        return self.table.source
+
+    def rows(self, columns: Sequence[str]) -> pa.Table:
+        """The input's rows, in order. Raises DamagedTableError where they are not those that were planned with."""
+        return self.over.read_shard(self.shard, columns, content=self.inputs.get(self.over.name))
+
+
+class ShardWorker(Protocol):
+    """A stage's work on one shard; built once an actor, from plain keyword arguments."""
+
+    def process(self, work: Work) -> ShardResult:
+        """The shard's rows, in fixed batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One table to fill from another, shard by shard of the same number, and what all of its rows depend on."""
+
+    table: Table
+    over: Table
+    shards: Mapping[int, Mapping[str, str]]  # shard -> table -> content digest of the shard that it is made from
+    inputs: Mapping[str, str]  # name -> digest of settings, weights, codebook
+    licences: Sequence[Licence] = ()
+    payloads: Mapping[int, str] = field(default_factory=dict)
+    expected: int = 0  # rows to be read in all, 0 where that is not known before
+
+
+def shards_of(**manifests: Manifest) -> dict[int, dict[str, str]]:
+    """The shards of the first table, each with the content digests of all the given tables' shards of that number."""
+    contents = {name: {c.shard: c.content for c in manifest.shards} for name, manifest in manifests.items()}
+    first = next(iter(contents.values()))
+    return {shard: {name: found[shard] for name, found in contents.items() if shard in found} for shard in first}
+
+
+def by_id(work: Work, columns: Sequence[str], make: Callable[[pa.Table], ShardResult]) -> ShardResult:
+    """The shard's result, in the order of the input's ids, where `make` is only given the rows that are not known yet.
+
+    Known is what the revision before kept or refused; it is taken over for the ids that the input still has. Rows that
+    were refused for a reason of `work.retry`, or because a stage before had refused them, are made again.
+    """
+    rows = work.rows(columns)
+    previous = work.previous
+    if previous is None or previous.inputs.keys() != work.inputs.keys():
+        return _numbered(rows, make(rows))
+    kept, refused = work.table.rows_of(previous), work.table.rejects_of(previous).to_pylist()
+    again = {Reason.UPSTREAM_REJECT, *work.retry}
+    known = {row["id"]: stored_reject(row) for row in refused if row["reason"] not in again}
+    standing = set(kept["id"].to_pylist())
+    todo = [i for i, key in enumerate(rows["id"].to_pylist()) if key not in known and key not in standing]
+    made = make(rows.take(pa.array(todo, pa.int64())))
+    wanted = set(rows["id"].to_pylist())
+    rejects = [*(known[key] for key in known if key in wanted), *made.rejects]
+    return _numbered(rows, ShardResult(pa.concat_tables([kept, made.table]), rows.num_rows, rejects))
+
+
+def _numbered(rows: pa.Table, result: ShardResult) -> ShardResult:
+    """The same rows and rejects in the order of the input, rejects with the number of their row."""
+    place = {key: i for i, key in enumerate(rows["id"].to_pylist())}
+    found = {key: i for i, key in enumerate(result.table["id"].to_pylist())}
+    table = result.table.take(pa.array([found[key] for key in place if key in found], pa.int64()))
+    rejects = sorted(
+        (Reject(r.reason, r.message, r.id, r.uri, place[r.id]) for r in result.rejects), key=lambda r: r.row
+    )
+    return ShardResult(table.combine_chunks(), rows.num_rows, rejects)
+
+
+def stored_reject(row: Mapping[str, Any]) -> Reject:
+    """A row of a rejects table."""
+    return Reject(Reason(row["reason"]), row["message"], row["id"], row["uri"], row["row"])
+
+
+def run_shards(
+    recipe: Recipe,
+    jobs: Sequence[Job],
+    worker: type[ShardWorker],
+    arguments: Mapping[str, Any],
+    *,
+    pool: PoolRecipe,
+    row_group_rows: int = 10_000,
+    retry: Collection[Reason] = (),
+) -> list[Manifest]:
+    """Each job's manifest, after every shard was committed; tables that are complete are left as they are.
+
+    worker is built in each actor with `arguments`. Raises OtherInputsError where a table stands with other settings,
+    TooManyRejectsError above the recipe's max_reject_share, StageError where a worker fails.
+    """
+    runs = begin(recipe, jobs, retry)
+    work(recipe, runs, worker, arguments, pool=pool, row_group_rows=row_group_rows)
+    return finish(recipe, runs)
+
+
+class Run:
+    """A job under way: what is committed of it, what is not, by whom, in how many seconds of actors' time."""
+
+    def __init__(self, recipe: Recipe, job: Job, retry: frozenset[Reason]) -> None:
+        self.job, self.retry, self.limit = job, retry, recipe.max_reject_share
+        self.payloads: Mapping[int, str] = job.payloads
+        self.seconds, self.done, self.lost, self.began = 0.0, 0, 0, time.monotonic()
+        self.manifest = job.table.manifest()
+        if self.manifest is None:
+            job.table.plan(job.inputs)
+            self.commits = job.table.committed()
+        else:
+            require_same(str(job.table), self.manifest.inputs, job.inputs)
+            self.commits = {commit.shard: commit for commit in self.manifest.shards}
+        self.inputs = dict(job.shards)
+        self.pending = {shard: self._next(shard) for shard in job.shards if self._is_pending(shard)}
+        if self.manifest is not None and not self.pending:
+            log.info("%s: complete, %d rows", job.table, self.manifest.kept)
+        elif self.commits:
+            stand = len(job.shards) - len(self.pending)
+            log.info("%s: %d of %d shards stand already", job.table, stand, len(job.shards))
+
+    def revise(self, payloads: Mapping[int, str]) -> None:
+        """Makes the shards of these payloads pending once more, from the same inputs."""
+        self.payloads, self.inputs = payloads, {shard: self.commits[shard].inputs for shard in payloads}
+        self.pending = {shard: self._next(shard) for shard in payloads}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the Ray Data job, one per pending shard; the manifest goes, for the table is about to change."""
+        if self.pending and self.manifest is not None:
+            self.job.table.reopen()
+            self.manifest = None
+        return [
+            {
+                "source": self.job.table.source,
+                "over": self.job.over.name,
+                "shard": shard,
+                "revision": revision,
+                "inputs": json.dumps(self.inputs[shard]),
+                "payload": self.payloads.get(shard, ""),
+                "retry": ",".join(sorted(self.retry)),
+            }
+            for shard, revision in self.pending.items()
+        ]
+
+    def add(self, commit: ShardCommit, seconds: float, attempt: str) -> None:
+        """Takes a commit in. Raises TooManyRejectsError as soon as no rest of the table could bring the share down."""
+        self.commits[commit.shard] = commit
+        self.pending.pop(commit.shard, None)
+        self.seconds += seconds
+        self.done += commit.read
+        self.lost += not commit.attempt.startswith(attempt)
+        if self.job.expected:
+            require_few_rejects(self.job.table, self.commits, self.limit, self.job.expected)
+
+    def finish(self, recipe: Recipe, attempt: str, extra: Mapping[str, Any]) -> Manifest:
+        """The table's manifest: the one that stands where nothing changed, else a new one."""
+        table, job = self.job.table, self.job
+        if self.manifest is not None:
+            return self._with_extra(self.manifest, extra)
+        if self.lost:
+            log.warning(
+                "%s: another attempt committed %d of these shards first: its rows stand, none of ours", table, self.lost
+            )
+        other = [shard for shard, inputs in job.shards.items() if self.commits[shard].inputs != inputs]
+        if other:
+            raise StageError(
+                f"{table}: shard {other[0]} was made from {self.commits[other[0]].inputs} by another attempt, expected"
+                f" {dict(job.shards[other[0]])}: what it is made from changed meanwhile; run `{table.stage}` again"
+            )
+        require_few_rejects(table, self.commits, self.limit)
+        return table.finish(
+            self.commits,
+            attempt=attempt,
+            recipe=recipe.digest,
+            code=code_version(),
+            inputs=dict(job.inputs),
+            licences=tuple(job.licences),
+            seconds=round(self.seconds, 3),
+            extra={"rows_done": self.done, "wall_seconds": round(time.monotonic() - self.began, 3), **extra},
+        )
+
+    def _with_extra(self, manifest: Manifest, extra: Mapping[str, Any]) -> Manifest:
+        """The manifest that stands; written again only where `extra` says something new."""
+        merged = {**manifest.extra, **extra}
+        if merged != manifest.extra:
+            manifest = manifest.model_copy(update={"extra": merged})
+            write_manifest(self.job.table.root, manifest, self.job.table.name, self.job.table.source)
+        return manifest
+
+    def _is_pending(self, shard: int) -> bool:
+        commit = self.commits.get(shard)
+        if commit is None or commit.inputs != self.job.shards[shard]:
+            return True
+        return bool(self.retry & {Reason(name) for name in commit.reasons})
+
+    def _next(self, shard: int) -> int:
+        return self.commits[shard].revision + 1 if shard in self.commits else 0
+
+
+def begin(recipe: Recipe, jobs: Sequence[Job], retry: Collection[Reason] = ()) -> list[Run]:
+    """The jobs, with what is committed of them. Raises OtherInputsError where one stands with other settings."""
+    return [Run(recipe, job, frozenset(retry)) for job in jobs]
+
+
+def work(
+    recipe: Recipe,
+    runs: Sequence[Run],
+    worker: type[ShardWorker],
+    arguments: Mapping[str, Any],
+    *,
+    pool: PoolRecipe,
+    row_group_rows: int = 10_000,
+) -> None:
+    """Commits every pending shard of the runs, through one actor pool."""
+    rows = [row for run in runs for row in run.rows()]
+    if not rows:
+        return
+    start(recipe)
+    attempt, table = attempt_id(), runs[0].job.table
+    by_source = {run.job.table.source: run for run in runs}
+    total = sum(len(run.inputs) for run in runs)
+    place = {"uri": table.root.uri, "name": table.name, "attempt": attempt, "row_group_rows": row_group_rows}
+    with ShardProgress(table.stage, total, total - len(rows)) as progress:
+        for source, commit, seconds in _commits(rows, table.stage, worker, arguments, pool, place):
+            by_source[source].add(commit, seconds, attempt)
+            progress.add(commit)
+
+
+def finish(recipe: Recipe, runs: Sequence[Run], extra: Mapping[str, Any] | None = None) -> list[Manifest]:
+    """Every run's manifest, written anew where its table changed or where its `extra` differs."""
+    attempt = attempt_id()
+    changed = any(run.manifest is None for run in runs)
+    manifests = [run.finish(recipe, attempt, extra or {}) for run in runs]
+    if changed:
+        summarise(manifests)
+    return manifests
+
+
+def require_few_rejects(table: Table, commits: Mapping[int, ShardCommit], limit: float, expected: int = 0) -> None:
+    """Raises TooManyRejectsError with the counts by reason where this stage itself refused more than its share.
+
+    The share is of the rows read, or of `expected` rows where more are to come. Rows refused by rule (a stage before
+    refused them, they stand in an evaluation split, they are forgotten) do not count.
+    """
+    reasons: Counter[str] = Counter()
+    for commit in commits.values():
+        reasons.update(commit.reasons)
+    read = max(expected, sum(commit.read for commit in commits.values()))
+    own = reasons.total() - sum(reasons[reason] for reason in BY_RULE)
+    if own > limit * read:
+        lines = "\n".join(f"  {reason:24} {count}" for reason, count in reasons.most_common())
+        raise TooManyRejectsError(
+            f"{table}: {own} of {read} rows were refused, more than max_reject_share = {limit:g} allows:\n{lines}\n"
+            f"Look at {table.root.at('rejects', table.stage, table.source)}, mend the inputs and run"
+            " `requeue --reason REASON`, or raise max_reject_share"
+        )
+
+
+def _commits(
+    rows: list[dict[str, Any]],
+    stage: str,
+    worker: type[ShardWorker],
+    arguments: Mapping[str, Any],
+    pool: PoolRecipe,
+    place: Mapping[str, Any],
+) -> Iterator[tuple[str, ShardCommit, float]]:
+    """Source, commit record and seconds of each pending shard, as the shards get done."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts rows, not blocks
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    actor: Any = _ShardActor
+    records = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        actor,
+        fn_constructor_kwargs={"worker": worker, "arguments": dict(arguments), **place},
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.min_actors,
+            max_size=max(pool.min_actors, min(pool.max_actors, len(rows))),
+            max_tasks_in_flight_per_actor=2,  # one would keep the pool from ever growing, more would queue up shards
+        ),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+    try:
+        for record in records.iter_rows():
+            yield record["source"], ShardCommit.model_validate_json(record["commit"]), record["seconds"]
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        raise StageError(f"{stage}: a worker failed: {type(cause).__name__}: {cause}") from error
+    except RayError as error:
+        raise StageError(f"{stage}: {error}. What is committed stays: run it again to finish") from error
+
+
+class _ShardActor:
+    """The callable of the actor pool: one shard in, its commit record out."""
+
+    def __init__(
+        self,
+        worker: type[ShardWorker],
+        arguments: dict[str, Any],
+        uri: str,
+        name: str,
+        attempt: str,
+        row_group_rows: int,
+    ) -> None:
+        self.root, self.name = open_root(uri), name
+        self.worker = worker(**arguments)
+        self.attempt, self.row_group_rows = attempt, row_group_rows
+        tags = ("stage", "source", "outcome")
+        self.counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", tag_keys=tags)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        began = time.monotonic()
+        table = Table(self.root, self.name, row["source"])
+        standing = table.find(int(row["shard"]))
+        # Ray repeats a task whose process died: it may have committed before that
+        if standing is None or standing.revision < row["revision"]:
+            standing = self._commit(table, row, standing)
+        seconds = time.monotonic() - began
+        return {"source": table.source, "commit": standing.model_dump_json(), "seconds": seconds}
+
+    def _commit(self, table: Table, row: Mapping[str, Any], previous: ShardCommit | None) -> ShardCommit:
+        shard, revision = int(row["shard"]), int(row["revision"])
+        over, inputs = Table(self.root, row["over"], row["source"]), json.loads(row["inputs"])
+        retry = frozenset(Reason(name) for name in row["retry"].split(",") if name)
+        result = self.worker.process(Work(table, over, shard, inputs, row["payload"], previous, retry))
+        # a repeated task must not write over the files of its first try, so each try has a name of its own
+        attempt = f"{self.attempt}-{secrets.token_hex(2)}"
+        commit = table.commit(
+            shard,
+            attempt,
+            result.table,
+            rejects_table(table, shard, result.rejects),
+            result.read,
+            self.row_group_rows,
+            inputs=inputs,
+            revision=revision,
+        )
+        for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
+            if count:
+                self.counted.inc(count, {"stage": table.stage, "source": table.source, "outcome": outcome})
+        return commit
+
+
+def rejects_table(table: Table, shard: int, rejects: Sequence[Reject]) -> pa.Table:
+    """The rejects of one shard as they are stored."""
+    where = {"stage": table.stage, "source": table.source, "shard": shard}
+    rows = [
+        {**where, "row": r.row, "id": r.id, "uri": r.uri, "reason": Reason(r.reason).value, "message": r.message}
+        for r in rejects
+    ]
+    return pa.Table.from_pylist(rows, schema=REJECTS)
