@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from perceptio.data.store import filesystem
+from perceptio.data.store import StoreError, answer_of, filesystem
 from perceptio.sources.files import LONGEST_NAME, Place, is_text, place_of, read_file
 from perceptio.sources.folder import line_record
 from perceptio.sources.record import (
@@ -112,7 +112,13 @@ class ListReader:
     def _stored(self, uri: str) -> bytes:
         store = self._on_s3 if uri.startswith("s3://") else self._on_disk
         place = Place(store, uri.removeprefix("s3://"))
-        size = place.size()
+        try:
+            size = place.size()
+        except StoreError as error:
+            answer = answer_of(error)
+            if answer is None or answer.response.get("Error", {}).get("Code") != "NoSuchBucket":
+                raise
+            size = None  # of all buckets, one in a list is the list's fault
         if size is None:
             raise RowError(Reason.MISSING_FILE, f"'{uri}' is no file: it was moved, or never copied")
         if size > self.source.max_bytes:

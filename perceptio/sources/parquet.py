@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from perceptio.sources.files import Place, folder_at, place_of, read_file, relative, walk
+from perceptio.sources.files import Place, place_of, read_file, relative, walk
 from perceptio.sources.parquet_file import Footer, Values, read_footer, read_rows
 from perceptio.sources.parquet_record import record_values
 from perceptio.sources.record import (
@@ -56,7 +56,9 @@ class ParquetReader:
                     files += 1
                     yield from self._ranges(footer) if isinstance(footer, Footer) else [footer]
         if not files:
-            raise SourceError(f"{self.field}.path '{self.source.path}' holds no {SUFFIX} file: mend the path")
+            raise SourceError(
+                f"{self.field}.path '{self.source.path}' is no {SUFFIX} file, nor a folder of any: mend it"
+            )
 
     def read(self, item: Item) -> Iterator[Found | Refused]:
         """The images of the range; where a file breaks off, a refusal for each row that is left."""
@@ -73,11 +75,10 @@ class ParquetReader:
             yield refused(error, item.uri if item.reason else f"{item.uri}#{row_number}")
 
     def _files(self) -> Iterator[Place]:
-        if not self.place.is_folder():
+        if self.place.is_folder():
+            yield from (self.place.below(path) for path, _ in walk(self.place) if path.endswith(SUFFIX))
+        elif self.place.size() is not None:
             yield self.place
-            return
-        folder = folder_at(self.source.path, f"{self.field}.path")
-        yield from (folder.below(path) for path, _ in walk(folder) if path.endswith(SUFFIX))
 
     def _ranges(self, footer: Footer) -> Iterator[Item]:
         self._check(footer)

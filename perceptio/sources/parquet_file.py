@@ -124,7 +124,7 @@ def _opened(place: Place) -> Iterator[pq.ParquetFile]:
     try:
         stream = place.opened_at_random()
     except ABSENT as error:
-        raise RowError(Reason.MISSING_FILE, f"'{place.uri}' cannot be opened: {error!s:.200}") from error
+        raise RowError(Reason.MISSING_FILE, f"'{place.uri}' is not there, or may not be read: mend it") from error
     with stream:
         try:
             yield pq.ParquetFile(_Stream(stream), buffer_size=BUFFER, pre_buffer=False)

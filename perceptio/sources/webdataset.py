@@ -135,7 +135,7 @@ def _opened(place: Place) -> BinaryIO:
     try:
         return place.opened()
     except ABSENT as error:
-        raise RowError(Reason.MISSING_FILE, f"'{place.uri}' cannot be opened: {error!s:.200}") from error
+        raise RowError(Reason.MISSING_FILE, f"'{place.uri}' is not there, or may not be read: mend it") from error
 
 
 def _named(files: Iterator[Member], uri: str) -> Iterator[Member]:
