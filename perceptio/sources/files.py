@@ -152,7 +152,7 @@ def _walk_local(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tu
         raise SourceError(f"'{folder}' is a link to a folder that it lies in: take the link out")
     try:
         with os.scandir(folder) as entries:  # a slash behind folders sorts them as S3 sorts keys
-            names = sorted(entry.name + "/" * Path(entry.path).is_dir() for entry in entries)
+            names = sorted(entry.name + "/" * _is_folder(entry) for entry in entries)
     except PermissionError as error:
         raise SourceError(f"'{folder}' may not be listed: give read permission") from error
     for name in names:
@@ -160,7 +160,20 @@ def _walk_local(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tu
         if name.endswith("/"):
             yield from _walk_local(path[:-1], prefix + name, (*above, real))
         else:
-            yield prefix + name, Path(path).stat().st_size if Path(path).exists() else -1
+            yield prefix + name, _size(path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry.path).is_dir())
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116  # a Path for each file takes longer than the disk
+    except OSError as error:
+        if isinstance(error, ABSENT) or error.errno in NO_NAME:
+            return -1
+        raise
 
 
 def _walk_s3(place: Place) -> Iterator[tuple[str, int]]:
@@ -196,7 +209,11 @@ def relative(name: object, field: str) -> str:
 
 def is_text(text: str) -> bool:
     """True for valid Unicode without NUL: what a path, a table and JSON can hold."""
-    return "\x00" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\x00" not in text
 
 
 def read_file(place: Place, size: int = -1) -> bytes:

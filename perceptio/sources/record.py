@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from schemas.tables import Reason
 
 LONGEST_SIDE = 65_535  # pixels of a mask; no JPEG is larger
+MOST_PIXELS = 2**28  # of a mask: decoded it takes a byte each
 
 
 class SourceError(ValueError):
@@ -38,6 +39,8 @@ def _rle_row(mask: dict[str, Any]) -> dict[str, Any]:
     for side in ("height", "width"):
         if type(mask[side]) is not int or not 0 < mask[side] <= LONGEST_SIDE:
             raise ValueError(f"mask's {side} is no whole number from 1 to {LONGEST_SIDE}")
+    if mask["height"] * mask["width"] > MOST_PIXELS:
+        raise ValueError(f"mask is {mask['height']} x {mask['width']}, expected up to {MOST_PIXELS} pixels")
     if not isinstance(mask["counts"], str):
         raise ValueError("mask's counts are no string, expected COCO's compressed run lengths")
     return mask

@@ -15,7 +15,7 @@ from typing import Any
 
 from perceptio.sources.record import SourceError, shown
 
-_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _NAMES = ("GLOBAL", "INST", "PERSID")  # their argument is the name
 _VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -45,7 +45,7 @@ def load_plain(data: bytes, name: str) -> Any:
     try:
         while True:
             start = stream.tell()
-            code = stream.read(1).decode("latin-1")
+            code = stream.read(1)
             opcode = _OPCODES.get(code)
             if opcode is None:
                 raise _DamagedError(f"{code!r} is no opcode" if code else "it ends before its STOP")

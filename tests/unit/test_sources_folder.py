@@ -91,6 +91,10 @@ def test_a_line_that_cannot_be_used_is_refused_by_its_number(
         ({"boxes": [[0, 0, 1, float("nan")]]}, "boxes.0.3"),
         ({"masks": [{"height": 2, "width": 2}]}, "masks.0"),
         ({"masks": [{"height": 10**9, "width": 2, "counts": ""}]}, "masks.0"),
+        (
+            {"masks": [{"height": 60_000, "width": 60_000, "counts": "P"}]},
+            "masks.0: Value error, mask is 60000 x 60000",
+        ),
         ({"masks": [{"height": 2, "width": 2, "counts": [4]}]}, "masks.0"),
         ({"bboxes": []}, "bboxes"),
     ],

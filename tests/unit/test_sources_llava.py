@@ -23,6 +23,7 @@ from tests.sources import good, jpeg, refusals, results, room, unique, write, wr
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
 )
 
 
@@ -130,7 +131,7 @@ def test_a_file_that_is_no_array_is_named(tmp_path: Path, text: bytes, message: 
 
 
 @settings(deadline=None)
-@given(values=st.lists(JSON), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(), chunk=st.integers(1, 50))
+@given(values=st.lists(JSON, max_size=6), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(), chunk=st.integers(1, 50))
 def test_arrays_are_read_in_any_pieces(values: list[Any], indent: int | None, ascii_only: bool, chunk: int) -> None:
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from perceptio.data.masks import rle_to_mask
 from perceptio.rooms.questions import ask
-from perceptio.sources.record import SourceError
+from perceptio.sources.coco_file import box_of, rle_of
+from perceptio.sources.record import Found, RowError, SourceError
 from perceptio.sources.refcoco import RefcocoReader
 from schemas.sources import RefcocoSource
 from schemas.tables import Reason
@@ -230,3 +233,43 @@ def test_missing_and_huge_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "refcoco" / "instances.json").unlink()
     with pytest.raises(SourceError, match=r"instances.json' is no file"):
         list(reader(tmp_path).items())
+
+
+PLAIN = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+NUMBERS = st.lists(st.lists(st.integers(-200, 200) | st.floats(), min_size=6, max_size=8))
+CODES = st.fixed_dictionaries(
+    {"size": st.just([8, 9]) | PLAIN, "counts": st.lists(st.integers(-1, 80)) | st.text(max_size=9) | PLAIN}
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(segmentation=PLAIN | NUMBERS | CODES, box=PLAIN | st.lists(st.floats() | st.integers(), min_size=4, max_size=4))
+def test_any_annotation_is_a_mask_and_a_box_or_refused(segmentation: Any, box: Any) -> None:
+    annotation = {"id": 1, "segmentation": segmentation, "bbox": box}
+    try:
+        assert rle_of(annotation, 8, 9).keys() == {"height", "width", "counts"}
+        assert len(box_of(annotation)) == 4
+    except RowError as error:
+        assert str(error).startswith("annotation 1: ")  # noqa: PT017  # either outcome is right
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    fields=st.dictionaries(st.sampled_from(["ann_id", "image_id", "sentences", "split"]), PLAIN),
+    protocol=st.integers(0, 4),
+)
+def test_any_fields_of_a_ref_are_items_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any], protocol: int
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any"
+    lay_out(folder, [references([0])[0] | fields, *references([1])], protocol=protocol)
+    try:
+        rows = results(reader(folder))
+    except SourceError as error:
+        rows = []
+        assert "ref 0" in str(error)  # noqa: PT017
+    assert not rows or any(isinstance(row, Found) for row in rows)
