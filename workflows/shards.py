@@ -288,8 +288,13 @@ def work(
     by_source = {run.job.table.source: run for run in runs}
     total = sum(len(run.inputs) for run in runs)
     place = {"uri": table.root.uri, "name": table.name, "attempt": attempt, "row_group_rows": row_group_rows}
+    # counted here and not by the actors: a shard that is done twice counts once
+    counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", ("stage", "source", "outcome"))
     with ShardProgress(table.stage, total, total - len(rows)) as progress:
         for source, commit, seconds in _commits(rows, table.stage, worker, arguments, pool, place):
+            for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
+                if count:
+                    counted.inc(count, {"stage": table.stage, "source": source, "outcome": outcome})
             by_source[source].add(commit, seconds, attempt)
             progress.add(commit)
 
@@ -373,8 +378,6 @@ class _ShardActor:
         self.root, self.name = open_root(uri), name
         self.worker = worker(**arguments)
         self.attempt, self.row_group_rows = attempt, row_group_rows
-        tags = ("stage", "source", "outcome")
-        self.counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", tag_keys=tags)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         began = time.monotonic()
@@ -393,7 +396,7 @@ class _ShardActor:
         result = self.worker.process(Work(table, over, shard, inputs, row["payload"], previous, retry))
         # a repeated task must not write over the files of its first try, so each try has a name of its own
         attempt = f"{self.attempt}-{secrets.token_hex(2)}"
-        commit = table.commit(
+        return table.commit(
             shard,
             attempt,
             result.table,
@@ -403,10 +406,6 @@ class _ShardActor:
             inputs=inputs,
             revision=revision,
         )
-        for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
-            if count:
-                self.counted.inc(count, {"stage": table.stage, "source": table.source, "outcome": outcome})
-        return commit
 
 
 def rejects_table(table: Table, shard: int, rejects: Sequence[Reject]) -> pa.Table:

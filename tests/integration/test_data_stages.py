@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import skimage
 from conftest import recipe_of, rooms
 from PIL import Image
@@ -85,6 +87,18 @@ def test_rooms_become_samples_row_for_row(rooms_run: Recipe) -> None:
             assert [row["id"] for row in all_rows(rooms_run, name, source)] == ids
     assert [commit.read for commit in table(rooms_run, "images", "exact").require().shards] == [4, 2]
     verify.run(rooms_run)
+
+
+def test_rows_are_counted_for_prometheus(rooms_run: Recipe) -> None:
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wanted = 'outcome="kept",source="exact",stage="depth"'
+    end = time.monotonic() + 60  # Ray sends figures on every ten seconds
+    lines: list[str] = []
+    while not lines and time.monotonic() < end:
+        text = httpx.get(address, timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith("ray_perceptio_rows_total") and wanted in line]
+        time.sleep(1)
+    assert [float(line.split()[-1]) for line in lines] == [6.0]
 
 
 def test_rooms_carry_what_they_were_asked_for(rooms_run: Recipe) -> None:
