@@ -63,6 +63,7 @@ IMAGES = pa.schema(
         ("turns", pa.list_(TURN)),
         ("masks", pa.list_(RLE)),  # one per object, or [] where the record has none
         ("boxes", pa.list_(BOX)),  # one per object, or []
+        ("clicks", pa.list_(POINT)),  # a pixel inside each object, or []; `masks` asks SAM2 by them where no box is
         ("recorded_depth", pa.binary()),  # 16-bit PNG, millimetres, 0 = unknown; null where the data set has none
     ]
 )

@@ -177,9 +177,11 @@ def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
     def refuse(reason: Reason, message: str) -> Reject:
         return Reject(reason, message, id=key, uri=found.uri)
 
-    count = max(len(record.boxes), len(record.masks))
-    if record.boxes and record.masks and len(record.boxes) != len(record.masks):
-        return refuse(Reason.BAD_RECORD, f"{len(record.boxes)} boxes but {len(record.masks)} masks: one per object")
+    parts = {"boxes": record.boxes, "masks": record.masks, "clicks": record.clicks}
+    counts = {name: len(part) for name, part in parts.items() if part}
+    if len(set(counts.values())) > 1:
+        return refuse(Reason.BAD_RECORD, f"{counts}: one per object, so all alike, or none")
+    count = max(counts.values(), default=0)
     for turn in record.turns:
         if any(not 0 <= i < count for i in turn.objects):
             return refuse(Reason.BAD_RECORD, f"turn '{turn.prompt}' names objects {turn.objects} of {count}")
@@ -187,6 +189,10 @@ def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
     for box, (x0, y0, x1, y1) in zip(record.boxes, boxes, strict=True):
         if not (0 <= x0 < x1 <= image.width + 0.5 and 0 <= y0 < y1 <= image.height + 0.5):
             return refuse(Reason.MASK_OUTSIDE_IMAGE, f"box {box} is empty or outside the upright image")
+    clicks = [(x * image.scale, y * image.scale) for x, y in record.clicks]
+    for click, (x, y) in zip(record.clicks, clicks, strict=True):
+        if not (0 <= x < image.width and 0 <= y < image.height):
+            return refuse(Reason.MASK_OUTSIDE_IMAGE, f"click {click} is outside the upright image")
     try:
         masks = [_fitted(mask, image) for mask in record.masks]
     except (ValueError, KeyError) as error:
@@ -200,6 +206,7 @@ def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
         "turns": [turn.model_dump(mode="json") for turn in record.turns],
         "masks": masks,
         "boxes": [dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)) for box in boxes],
+        "clicks": [{"x": x, "y": y} for x, y in clicks],
         "recorded_depth": _fitted_depth(found.recorded_depth, image),
     }
 
