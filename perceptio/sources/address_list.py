@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator
+from functools import cached_property
 
 import fsspec
 
@@ -37,7 +38,11 @@ class ListReader:
         self.source = source
         self.field = f"sources.{source.name}.path"
         self.place = place_of(source.path, self.field)
-        self.web = Web(source)
+
+    @cached_property
+    def web(self) -> Web:
+        """What fetches web addresses; listing needs none of it."""
+        return Web(self.source)
 
     def items(self) -> Iterator[Item]:
         """The addresses in the list's order. Raises SourceError for no list, or one without a line."""

@@ -31,6 +31,7 @@ STORES = ("file", "local", "s3", "s3a")
 LONGEST_NAME = 1024  # bytes of a key on S3
 READS = 2  # of a file that came shorter than it was listed
 ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # no disk has a file of such a name
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Place:
         """Bytes of a file; None where there is no file. Raises OSError where the store fails."""
         try:
             info = self.fs.info(self.path)
-        except ABSENT:
+        except OSError as error:
+            if not isinstance(error, ABSENT) and error.errno not in NO_NAME:
+                raise
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
@@ -166,7 +169,7 @@ def _bytes(place: Place) -> bytes:
     except ABSENT as error:
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' is not there: it was moved, or never copied") from error
     except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        if error.errno not in NO_NAME:
             raise
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' cannot be a file: {error.strerror}") from error
     return data
