@@ -19,7 +19,17 @@ from torch import nn
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from perceptio.depth.codebook_state import Progress, load_progress, save_progress
-from perceptio.depth.codebook_training import STEPS16, Measured, Plan, Share, learn, mean_map_error, measure, total_of
+from perceptio.depth.codebook_training import (
+    PARALLEL,
+    STEPS16,
+    Measured,
+    Plan,
+    Share,
+    learn,
+    mean_map_error,
+    measure,
+    total_of,
+)
 from schemas.recipe import Recipe
 from workflows import runtime
 from workflows.codebook_pictures import Rebuilt, choose, contact_sheet
@@ -76,11 +86,7 @@ def _models(recipe: Recipe, world: int) -> tuple[DepthCodebook, nn.Module]:
     names = {"image_size", "codes", "dim", "channels", "residual_blocks", "ema_decay", "commitment", "gradient_weight"}
     codebook = DepthCodebook(CodebookConfig(**section.model_dump(include=names)), synchronised=world > 1)
     codebook.to(ray.train.torch.get_device())
-    # no broadcast of buffers: the quantizer shares its statistics itself, and a difference must show. Without
-    # find_unused_parameters DDP regroups gradients after its first step, and three ranks or more would then add them
-    # in another order in a resumed run
-    options = {"broadcast_buffers": False, "find_unused_parameters": True}
-    return codebook, ray.train.torch.prepare_model(codebook, parallel_strategy_kwargs=options)
+    return codebook, ray.train.torch.prepare_model(codebook, parallel_strategy_kwargs=PARALLEL)
 
 
 def _is_over(root: Root) -> bool:
