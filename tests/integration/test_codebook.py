@@ -37,7 +37,7 @@ from workflows.commits import Table
 from workflows.store import OtherInputsError, StageError, open_root
 
 RECIPE = Path(codebook.__file__).parent / "recipes" / "rooms.yaml"
-STEPS, EVERY = 400, 50
+STEPS, EVERY = 300, 75
 DRIVER = """
 import logging, sys
 from schemas.recipe import Recipe
