@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from perceptio.data.store import StoreError, answer_of, filesystem, retried
+from perceptio.data.store import StoreError, filesystem, retried, stood_already
 from schemas.manifest import MANIFEST_NAME, Manifest
 
 STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
@@ -174,12 +174,8 @@ class Root:
                     draft.unlink()
             else:
                 self._ask("creating", path, lambda: self.fs.pipe_file(path, data, mode="create"))
-        except FileExistsError:
-            return False
         except OSError as error:
-            answer = answer_of(error)
-            # stores that do not name the condition that failed: s3fs cannot tell which one it was
-            if answer is None or answer.response["Error"].get("Code") not in ("PreconditionFailed", "412"):
+            if not stood_already(error):
                 raise
             return False
         return True
@@ -199,11 +195,6 @@ class Root:
             return retried(call, what)
         except StoreError as error:
             raise StageError(str(error)) from error
-        except FileNotFoundError as error:
-            answer = answer_of(error)
-            if answer is not None and answer.response["Error"].get("Code") == "NoSuchBucket":
-                raise StageError(f"{what}: there is no such bucket: make it, or choose another root") from error
-            raise
         except PermissionError as error:
             raise StageError(f"{what}: refused ({error}): give these keys the right to do so, or use others") from error
 

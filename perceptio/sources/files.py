@@ -8,11 +8,13 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from perceptio.data.store import filesystem, read_bytes, retried
 from perceptio.sources.record import (
     Found,
     Item,
@@ -61,7 +63,7 @@ class Place:
     def size(self) -> int | None:
         """Bytes of a file; None where there is no file. Raises OSError where the store fails."""
         try:
-            info = self.fs.info(self.path)
+            info = retried(lambda: self.fs.info(self.path), f"looking at {self.uri}")
         except OSError as error:
             if not isinstance(error, ABSENT) and error.errno not in NO_NAME:
                 raise
@@ -69,7 +71,7 @@ class Place:
         return int(info["size"]) if info["type"] == "file" else None
 
     def is_folder(self) -> bool:
-        return bool(self.fs.isdir(self.path))
+        return bool(retried(lambda: self.fs.isdir(self.path), f"looking at {self.uri}"))
 
 
 def place_of(path: str, field: str) -> Place:
@@ -77,7 +79,7 @@ def place_of(path: str, field: str) -> Place:
     protocol = fsspec.core.split_protocol(path)[0] or "file"
     if protocol not in STORES or "::" in path:
         raise SourceError(f"{field} '{path}' is on '{protocol}', expected a local path or an s3:// address")
-    fs, inner = fsspec.core.url_to_fs(path)
+    fs, inner = filesystem(path)
     return Place(fs, inner)
 
 
@@ -119,8 +121,9 @@ def _walk_s3(place: Place) -> Iterator[tuple[str, int]]:
     bucket, key, _ = place.fs.split_path(place.path)
     prefix = f"{key.rstrip('/')}/" if key else ""
     more: dict[str, str] = {}
+    listing = f"listing {place.uri}"
     while True:
-        page = place.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        page = retried(partial(place.fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **more), listing)
         for entry in page.get("Contents", ()):
             if not entry["Key"].endswith("/"):
                 yield entry["Key"].removeprefix(prefix), int(entry["Size"])
@@ -163,7 +166,7 @@ def _bytes(place: Place) -> bytes:
     try:
         if place.local and not stat.S_ISREG(Path(place.path).stat().st_mode):
             raise RowError(Reason.MISSING_FILE, f"'{place.uri}' is no regular file")
-        data: bytes = place.fs.cat_file(place.path)
+        data = read_bytes(place.fs, place.path)
     except PermissionError as error:
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' may not be read: give read permission") from error
     except ABSENT as error:
