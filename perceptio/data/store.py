@@ -34,7 +34,8 @@ from tenacity import (
     retry_if_exception,
     stop_after_attempt,
     stop_after_delay,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 S3 = ("s3", "s3a")
@@ -91,7 +92,7 @@ def retried(call: Callable[[], Found], doing: str) -> Found:
     retrying = Retrying(
         retry=retry_if_exception(passes),
         stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(GIVE_UP_SECONDS),
-        wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+        wait=wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT),
         before_sleep=lambda state: log.info("%s: %s, attempt %d", doing, _failure(state), state.attempt_number),
     )
     try:
