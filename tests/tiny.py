@@ -65,7 +65,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
     processor.save_pretrained(parts["base"])
     sam2 = Sam2ImageConfig(image_size=64, embed_dim=16)
     Sam2ImageModel(sam2).save_pretrained(parts["sam2"])
-    _codebook().save_pretrained(parts["codebook"])
+    random_codebook().save_pretrained(parts["codebook"])
     return parts
 
 
@@ -80,7 +80,7 @@ def tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder / "model"
 
 
-def _codebook() -> DepthCodebook:
+def random_codebook() -> DepthCodebook:
     """A 2 x 2 grid of 8 codes, set by k-means on random maps."""
     codebook = DepthCodebook(CodebookConfig(image_size=16, codes=8, dim=8, channels=(8, 8, 8), residual_blocks=0))
     codebook.train()

@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
-from tests.tiny import depth_teacher
+from tests.tiny import depth_teacher, random_codebook
 from workflows import ingest
 
 CHECKOUT = Path(__file__).parents[2]
@@ -118,8 +117,7 @@ def peaks_of(place: Path, rows: int, teacher: Path, codebook: Path) -> dict[str,
 def test_memory_does_not_grow_with_the_table(tmp_path: Path, record: Callable[..., None]) -> None:
     teacher, codebook = tmp_path / "teacher", tmp_path / "codebook"
     depth_teacher(teacher)
-    config = CodebookConfig(image_size=32, codes=8, dim=8, channels=(8, 8, 8), residual_blocks=1)
-    DepthCodebook(config).save_pretrained(codebook)
+    random_codebook().save_pretrained(codebook)
     few = peaks_of(tmp_path / "few", FEW, teacher, codebook)
     many = peaks_of(tmp_path / "many", MANY, teacher, codebook)
     megabytes = {
