@@ -6,9 +6,9 @@ import posixpath
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
-import fsspec
-
+from perceptio.data.store import filesystem
 from perceptio.sources.files import LONGEST_NAME, Place, is_text, place_of, read_file
 from perceptio.sources.folder import line_record
 from perceptio.sources.record import (
@@ -44,12 +44,20 @@ class ListReader:
         """What fetches web addresses; listing needs none of it."""
         return Web(self.source)
 
+    @cached_property
+    def _on_s3(self) -> Any:
+        return filesystem("s3://bucket")[0]
+
+    @cached_property
+    def _on_disk(self) -> Any:
+        return filesystem("/")[0]
+
     def items(self) -> Iterator[Item]:
         """The addresses in the list's order. Raises SourceError for no list, or one without a line."""
         if self.place.size() is None:
             raise SourceError(f"{self.field} '{self.source.path}' is no file: mend the path")
         lines = 0
-        with self.place.fs.open(self.place.path, "rb") as stream:
+        with self.place.opened() as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     lines += 1
@@ -102,8 +110,8 @@ class ListReader:
         return beside.uri
 
     def _stored(self, uri: str) -> bytes:
-        on_s3 = uri.startswith("s3://")
-        place = Place(fsspec.filesystem("s3" if on_s3 else "file"), uri.removeprefix("s3://"))
+        store = self._on_s3 if uri.startswith("s3://") else self._on_disk
+        place = Place(store, uri.removeprefix("s3://"))
         size = place.size()
         if size is None:
             raise RowError(Reason.MISSING_FILE, f"'{uri}' is no file: it was moved, or never copied")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import posixpath
 import stat
@@ -30,6 +31,7 @@ from schemas.tables import Reason
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 STORES = ("file", "local", "s3", "s3a")
+PIECE = 2**23  # bytes that are asked for at once
 LONGEST_NAME = 1024  # bytes of a key on S3
 READS = 2  # of a file that came shorter than it was listed
 ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -70,8 +72,53 @@ class Place:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
+    def opened(self) -> io.BufferedReader:
+        """The file as a stream, read from front to back. Raises OSError, also where it is missing."""
+        return io.BufferedReader(self.opened_at_random("readahead"), PIECE)
+
+    def opened_at_random(self, cache: str = "none") -> StoredStream:
+        """The file as a stream that reads no more than it is asked for."""
+        options = {} if self.local else {"block_size": PIECE, "cache_type": cache}
+        opening = partial(self.fs.open, self.path, "rb", **options)
+        return StoredStream(retried(opening, f"opening {self.uri}"), self.uri)
+
     def is_folder(self) -> bool:
         return bool(retried(lambda: self.fs.isdir(self.path), f"looking at {self.uri}"))
+
+
+class StoredStream(io.RawIOBase):
+    """A file in a store, whose reads are tried again. What the store raises in the end is an OSError."""
+
+    def __init__(self, stream: Any, uri: str) -> None:
+        self.stream, self.uri = stream, uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.stream.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.stream.tell()
+
+        def read() -> bytes:
+            self.stream.seek(start)
+            data: bytes = self.stream.read(len(buffer))
+            return data
+
+        data = retried(read, f"reading {self.uri}")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def place_of(path: str, field: str) -> Place:

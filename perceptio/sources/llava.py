@@ -38,7 +38,7 @@ class LlavaReader:
         if place.size() is None:
             raise SourceError(f"{field}: '{place.uri}' is no file: mend the path, or download it")
         turns: dict[str, list[str]] = {}
-        with place.fs.open(place.path, "rb") as stream:
+        with place.opened() as stream:
             for number, entry in enumerate(array_items(stream, f"{field}: '{place.uri}'")):
                 try:
                     image, said = _conversation(entry)

@@ -36,7 +36,7 @@ class _StoreError(Exception):
 class _Stream(io.RawIOBase):
     """A stored file as pyarrow reads it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: io.RawIOBase) -> None:
         self.stream = stream
 
     def readable(self) -> bool:
@@ -46,17 +46,16 @@ class _Stream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self.stream.seek(offset, whence))
+        return self.stream.seek(offset, whence)
 
     def tell(self) -> int:
-        return int(self.stream.tell())
+        return self.stream.tell()
 
     def read(self, size: int = -1) -> bytes:
         try:
-            data: bytes = self.stream.read(size)
+            return self.stream.read(size) or b""
         except OSError as error:
             raise _StoreError(error) from error
-        return data
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,8 @@ def _row(batch: pa.RecordBatch, index: int, columns: Sequence[str]) -> Values | 
 @contextmanager
 def _opened(place: Place) -> Iterator[pq.ParquetFile]:
     """The file, its footer read; what breaks inside the block is told apart too."""
-    options = {} if place.local else {"cache_type": "none"}  # pyarrow asks for what it needs, in large pieces
     try:
-        stream = place.fs.open(place.path, "rb", **options)
+        stream = place.opened_at_random()
     except ABSENT as error:
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' cannot be opened: {error!s:.200}") from error
     with stream:

@@ -8,7 +8,7 @@ import logging
 import posixpath
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from perceptio.sources.files import ABSENT, IMAGE_SUFFIXES, Place, place_of, walk
 from perceptio.sources.record import (
@@ -131,9 +131,9 @@ def _expanded(pattern: str, field: str) -> Iterator[str]:
         yield from _expanded(f"{pattern[: found.start()]}{number:0{len(found[1])}d}{pattern[found.end() :]}", field)
 
 
-def _opened(place: Place) -> Any:
+def _opened(place: Place) -> BinaryIO:
     try:
-        return place.fs.open(place.path, "rb")
+        return place.opened()
     except ABSENT as error:
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' cannot be opened: {error!s:.200}") from error
 

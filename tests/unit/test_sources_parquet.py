@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perceptio.data import store
 from perceptio.data.masks import masks_to_rle, rle_to_mask
 from perceptio.sources import parquet_file
 from perceptio.sources.parquet import ParquetReader
@@ -224,16 +225,10 @@ def test_a_file_that_changes_after_listing_refuses_each_of_its_rows(tmp_path: Pa
 
 
 class Flaky:
-    """A stored file whose connection breaks after some reads."""
+    """A stored file whose connection breaks at some reads, told by their number."""
 
-    def __init__(self, stream: Any, reads: int) -> None:
-        self.stream, self.left = stream, reads
-
-    def __enter__(self) -> Flaky:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
+    def __init__(self, stream: Any, breaks: Callable[[int], bool]) -> None:
+        self.stream, self.breaks, self.reads = stream, breaks, 0
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return int(self.stream.seek(offset, whence))
@@ -241,28 +236,36 @@ class Flaky:
     def tell(self) -> int:
         return int(self.stream.tell())
 
+    def close(self) -> None:
+        self.stream.close()
+
     def read(self, size: int = -1) -> bytes:
-        self.left -= 1
-        if self.left < 0:
+        self.reads += 1
+        if self.breaks(self.reads):
+            self.stream.read(size // 2)  # lost on the way
             raise ConnectionError("503 slow down")
         return bytes(self.stream.read(size))
 
 
-def test_a_store_that_fails_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_is_tried_again_and_never_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.parquet", {"image": hub(*[png(0)] * 9)}, 9)
     made = reader(path)
+    whole = results(made)
     (item,) = made.items()
-    fs, opened, failed = made.place.fs, made.place.fs.open, 0
-    for reads in range(4):
-        monkeypatch.setattr(fs, "open", lambda *a, reads=reads, **k: Flaky(opened(*a, **k), reads))
-        try:
-            rows = list(made.read(item))
-            assert all(isinstance(row, Found) for row in rows) and len(rows) == 9
-        except ConnectionError as error:
-            failed += str(error) == "503 slow down"
-    assert failed >= 2
-    monkeypatch.setattr(fs, "open", lambda *a, **k: Flaky(opened(*a, **k), 0))
-    with pytest.raises(ConnectionError):
+    fs, opened = made.place.fs, made.place.fs.open
+    monkeypatch.setattr(store, "FIRST_WAIT", 0.0001)
+
+    def breaking(breaks: Callable[[int], bool]) -> None:
+        monkeypatch.setattr(fs, "open", lambda *a, **k: Flaky(opened(*a, **k), breaks))
+
+    breaking(lambda read: bool(read % 3))
+    assert results(made) == whole
+    for last in range(3):
+        breaking(lambda read, last=last: read > last)
+        with pytest.raises(store.StoreError, match=r"reading .*a.parquet: the store failed 6 times"):
+            list(made.read(item))
+    breaking(lambda read: True)
+    with pytest.raises(store.StoreError):
         list(made.items())
 
 

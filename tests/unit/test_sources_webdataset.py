@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perceptio.data import store
 from perceptio.sources.record import Found, Refused, SourceError
 from perceptio.sources.webdataset import WebDatasetReader
 from schemas.sources import WebDatasetSource
@@ -239,8 +240,9 @@ def test_a_store_that_fails_is_no_refusal(tmp_path: Path, monkeypatch: pytest.Mo
         def read(self, size: int | None = -1) -> bytes:
             raise ConnectionError("503 slow down")
 
+    monkeypatch.setattr(store, "FIRST_WAIT", 0.0001)
     monkeypatch.setattr(made.place.fs, "open", lambda *a, **k: Broken())
-    with pytest.raises(ConnectionError):
+    with pytest.raises(store.StoreError, match=r"reading .*s.tar: the store failed 6 times"):
         list(made.read(item))
 
 
