@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceptio.data.images import decode_depth16
+from perceptio.data.maps import unpack_map
 from perceptio.depth.codebook_training import STEPS16, Share
 from schemas.manifest import Manifest, ShardCommit
 from workflows.commits import Table
@@ -115,6 +115,6 @@ def _places(part: Part, rank: int, world: int) -> Iterator[tuple[int, bool, int]
 
 def _small(column: pa.ChunkedArray, size: int, row: int) -> Tensor:
     """A stored map at the codebook's size, in 16 bits."""
-    map_HW = torch.from_numpy(decode_depth16(column[row].as_py()).astype(np.float32))
+    map_HW = torch.from_numpy(unpack_map(column[row].as_py()).astype(np.float32))
     map_SS = F.interpolate(map_HW[None, None], (size, size), mode="bilinear", antialias=True)[0, 0]
     return map_SS.round().clamp(0, STEPS16).to(torch.uint16)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from perceptio.data.images import encode_depth16
+from perceptio.data.maps import pack_map
 from perceptio.depth.teacher import TeacherMap
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
@@ -86,4 +86,4 @@ def _wanted(recipe: Recipe, root: Root, images: Mapping[str, Manifest]) -> dict[
 
 
 def _stored(found: TeacherMap) -> Row:
-    return {"inv_depth": encode_depth16(found.inv_depth_HW), "raw_min": found.raw_min, "raw_max": found.raw_max}
+    return {"inv_depth": pack_map(found.inv_depth_HW), "raw_min": found.raw_min, "raw_max": found.raw_max}

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from perceptio.data.images import decode_depth16, encode_depth16
+from perceptio.data.maps import pack_map, unpack_map
 from perceptio.depth.codec import DepthCodec
 from perceptio.depth.teacher import TeacherMap
 from schemas.manifest import Licence, Manifest
@@ -59,7 +59,7 @@ class CodecWorker:
     def _stored(self, table: pa.Table) -> ShardResult:
         ids, column = table["id"].to_pylist(), table["inv_depth"]
         targets = ahead(
-            lambda i: self._target(decode_depth16(column[i].as_py())),
+            lambda i: self._target(unpack_map(column[i].as_py())),
             range(len(ids)),
             threads=DECODERS,
             depth=2 * self.batch_size,
@@ -174,6 +174,6 @@ def _rows(batch: tuple[list[str], Tensor, Tensor, Tensor]) -> list[Row]:
     pixels_BSS = (targets_BSS * STEPS).round().numpy().astype(np.uint16)
     columns = zip(ids, codes_BN.tolist(), pixels_BSS, errors_B.tolist(), strict=True)
     return [
-        {"id": key, "codes": codes, "depth_target": encode_depth16(target_SS), "reconstruction_mae": error}
+        {"id": key, "codes": codes, "depth_target": pack_map(target_SS), "reconstruction_mae": error}
         for key, codes, target_SS, error in columns
     ]
