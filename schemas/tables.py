@@ -71,7 +71,10 @@ IMAGES = pa.schema(
 DEPTH = pa.schema(
     [
         ("id", pa.string()),
-        ("inv_depth", pa.binary()),  # 16-bit PNG of the image's size; value / 65535 = inv_depth, larger = closer
+        (
+            "inv_depth",
+            pa.binary(),
+        ),  # of the image's size, packed (perceptio/data/maps.py); value / 65535, larger = closer
         ("raw_min", pa.float32()),  # of the teacher's output before scaling
         ("raw_max", pa.float32()),
     ]
@@ -91,7 +94,7 @@ CODES = pa.schema(
     [
         ("id", pa.string()),
         ("codes", pa.list_(pa.uint16())),  # N codes, row-major, each < K
-        ("depth_target", pa.binary()),  # 16-bit PNG, inv_depth at the codebook's resolution
+        ("depth_target", pa.binary()),  # inv_depth at the codebook's resolution, packed likewise
         ("reconstruction_mae", pa.float32()),  # mean |decode(codes) - target| in inv_depth
     ]
 )

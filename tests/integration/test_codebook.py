@@ -25,7 +25,7 @@ import ray
 from conftest import CHECKOUT
 from PIL import Image
 
-from perceptio.data.images import encode_depth16
+from perceptio.data.maps import pack_map
 from perceptio.depth.codec import DepthCodec
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
@@ -68,7 +68,7 @@ def tilted_planes(count: int, seed: int) -> list[bytes]:
     for angle in rng.uniform(0, 2 * np.pi, count):
         plane = np.cos(angle) * x + np.sin(angle) * y
         plane = (plane - plane.min()) / (plane.max() - plane.min())
-        maps.append(encode_depth16(np.rint(plane * 65535).astype(np.uint16)))
+        maps.append(pack_map(np.rint(plane * 65535).astype(np.uint16)))
     return maps
 
 

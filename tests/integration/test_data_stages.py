@@ -23,6 +23,7 @@ from conftest import recipe_of, rooms
 from PIL import Image
 
 from perceptio.data.images import ImageLimits, decode, decode_depth16
+from perceptio.data.maps import unpack_map
 from perceptio.data.masks import masks_to_rle, rle_to_mask
 from perceptio.depth.teacher import DepthTeacher
 from schemas.recipe import Recipe
@@ -122,7 +123,7 @@ def test_depth_is_the_teachers_own_answer(rooms_run: Recipe, teacher: Path) -> N
     images, maps = all_rows(rooms_run, "images", "exact")[:3], all_rows(rooms_run, "depth", "exact")[:3]
     expected = DepthTeacher.from_pretrained(teacher)([decode(row["image"], LIMITS) for row in images])
     for row, found in zip(maps, expected, strict=True):
-        stored = decode_depth16(row["inv_depth"])
+        stored = unpack_map(row["inv_depth"])
         assert stored.min() == 0 and stored.max() == 65535
         assert np.abs(stored.astype(int) - found.inv_depth_HW).max() <= 1
         assert row["raw_min"] == pytest.approx(found.raw_min, rel=1e-5)
@@ -136,7 +137,7 @@ def test_codes_are_within_the_codebook_and_have_their_error(rooms_run: Recipe) -
     assert len(rows) == 6
     for row in rows:
         assert len(row["codes"]) == 16 and max(row["codes"]) < 8
-        assert decode_depth16(row["depth_target"]).shape == (32, 32)
+        assert unpack_map(row["depth_target"]).shape == (32, 32)
         assert 0 < row["reconstruction_mae"] < 1
 
 
@@ -305,7 +306,7 @@ def test_real_photographs_become_samples(rooms_run: Recipe) -> None:
     assert len(samples) == len(PHOTOGRAPHS) and all(max(row["width"], row["height"]) <= 400 for row in samples)
     maps = all_rows(rooms_run, "depth", "photos")
     for image, row in zip(all_rows(rooms_run, "images", "photos"), maps, strict=True):
-        assert decode_depth16(row["inv_depth"]).shape == (image["height"], image["width"])
+        assert unpack_map(row["inv_depth"]).shape == (image["height"], image["width"])
 
 
 def test_recorded_depth_is_exact_and_a_row_without_it_is_refused_all_the_way(
@@ -320,7 +321,7 @@ def test_recorded_depth_is_exact_and_a_row_without_it_is_refused_all_the_way(
     for image, row in zip(all_rows(recipe, "images", "rooms"), all_rows(recipe, "depth", "rooms"), strict=True):
         nearness = 1000 / decode_depth16(image["recorded_depth"]).astype(float)
         expected = (nearness - nearness.min()) / (nearness.max() - nearness.min())
-        assert np.abs(decode_depth16(row["inv_depth"]) / 65535 - expected).max() < 2 / 65535
+        assert np.abs(unpack_map(row["inv_depth"]) / 65535 - expected).max() < 2 / 65535
         assert row["raw_max"] == pytest.approx(nearness.max())
     assert [row["reason"] for row in all_rejects(recipe, "depth", "photos")] == ["no_recorded_depth"]
     assert [row["reason"] for row in all_rejects(recipe, "assemble", "photos")] == ["upstream_reject"]
