@@ -244,6 +244,6 @@ def test_verify_follows_the_chain(table: Table) -> None:
     table.commit(0, "first", rows(0), rejects(0), ROWS + 1, inputs={"depth": "1234"})
     table.finish(table.committed(), attempt="a", recipe="r", code="c", inputs={"codebook": "5678"})
     assert [problem for problem in problems_of(table) if "has no manifest" in problem] == [
-        "its input depth/rooms has no manifest",
-        "its input codebook has no manifest",
+        "its input depth/rooms has no manifest: run `depth`",
+        "its input codebook has no manifest: run `codebook`",
     ]
