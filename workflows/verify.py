@@ -300,6 +300,6 @@ def _of_table(table: Table, commits: Mapping[int, ShardCommit], shards: Mapping[
             yield f"id {int(keys[i]):016x} stands in {where}: of the second {table.remedy(int(numbers[i + 1]))}"
     for path in table.unnamed(commits):
         yield (
-            f"{path}: no marker names this file: a copy, or left by a killed attempt: delete it; `perceptio clean` shows"
-            " what lost attempts left"
+            f"{path}: no marker names this file: a copy, or left by a killed attempt: delete it; `perceptio clean`"
+            " shows what lost attempts left"
         )
