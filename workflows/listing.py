@@ -7,6 +7,7 @@ with its shard: files that come later get shards of their own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from perceptio.sources.record import Item, Reader, SourceError
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe, RoomsSource, Source, section_digest
 from schemas.tables import ID_DIGITS, LISTING, REJECTS
-from workflows.commits import Table, require_same
+from workflows.commits import Table, content_digest, require_same
 from workflows.rooms_source import RoomsReader
 from workflows.runtime import attempt_id, code_version
 from workflows.store import Root, StageError
@@ -55,14 +56,16 @@ def listed(recipe: Recipe, root: Root, source: Source, *, more: bool = False) ->
     known = _numbers(key for shard in sorted(commits) for key in table.ids_of(commits[shard]))
     attempt, new = attempt_id(), _unknown(reader(source).items(), known, rows)
     guess = 1 if isinstance(source, RoomsSource) else rows  # rows of an item that does not say how many it has
+    free = (number for number in itertools.count() if number not in commits)  # a damaged shard may have been deleted
     try:
-        for shard, items in enumerate(_shards(new, rows, guess), start=len(commits)):
+        for items in _shards(new, rows, guess):
+            shard = next(free)
             made = pa.Table.from_pylist(list(_rows(items)), schema=LISTING)
             commits[shard] = table.commit(shard, attempt, made, REJECTS.empty_table(), made.num_rows)
-            if commits[shard].attempt != attempt:
+            if commits[shard].content != content_digest(made):
                 raise StageError(
-                    f"{table}: shard {shard} was listed by attempt {commits[shard].attempt} at the same time: wait for"
-                    " it, then run this again"
+                    f"{table}: attempt {commits[shard].attempt} found other items for shard {shard} at the same time:"
+                    " the source is changing; wait for that attempt, then run this again"
                 )
     except SourceError as error:
         raise StageError(f"source '{source.name}': {error}") from error

@@ -28,7 +28,7 @@ from schemas.tables import BY_RULE, REJECTS, Reason
 from workflows.commits import Table, require_same
 from workflows.progress import ShardProgress, summarise
 from workflows.runtime import attempt_id, code_version, start
-from workflows.store import StageError, open_root, write_manifest
+from workflows.store import DamagedTableError, StageError, open_root, write_manifest
 
 log = logging.getLogger(__name__)
 NOTHING: frozenset[Reason] = frozenset()
@@ -192,6 +192,14 @@ class Run:
         self.payloads, self.inputs = payloads, {shard: self.commits[shard].inputs for shard in payloads}
         self.pending = {shard: self._next(shard) for shard in payloads}
 
+    def refresh(self) -> bool:
+        """True if another attempt revised shards meanwhile: its markers are taken over."""
+        standing = self.job.table.committed()
+        newer = {i: standing[i] for i in self.commits if i in standing and standing[i] != self.commits[i]}
+        self.commits |= newer
+        self.lost += len(newer)
+        return bool(newer)
+
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the Ray Data job, one per pending shard; the manifest goes, for the table is about to change."""
         if self.pending and self.manifest is not None:
@@ -228,6 +236,12 @@ class Run:
         if self.lost:
             log.warning(
                 "%s: another attempt committed %d of these shards first: its rows stand, none of ours", table, self.lost
+            )
+        newer = [shard for shard, last in table.revisions().items() if self._next(shard) <= last]
+        if newer:
+            raise StageError(
+                f"{table}: shard {newer[0]} was revised by another command while this one ran: run `{table.stage}`"
+                " again when that one is done"
             )
         other = [shard for shard, inputs in job.shards.items() if self.commits[shard].inputs != inputs]
         if other:
@@ -385,7 +399,13 @@ class _ShardActor:
         standing = table.find(int(row["shard"]))
         # Ray repeats a task whose process died: it may have committed before that
         if standing is None or standing.revision < row["revision"]:
-            standing = self._commit(table, row, standing)
+            try:
+                standing = self._commit(table, row, standing)
+            except DamagedTableError:
+                # another attempt that has this revision ends the table, and takes the revision before away
+                standing = table.find(int(row["shard"]))
+                if standing is None or standing.revision < row["revision"]:
+                    raise
         seconds = time.monotonic() - began
         return {"source": table.source, "commit": standing.model_dump_json(), "seconds": seconds}
 
