@@ -19,6 +19,8 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import psutil
+
 from schemas.manifest import Manifest
 from schemas.plan import PLAN_NAME, Plan
 from schemas.recipe import Recipe
@@ -47,13 +49,13 @@ class Compared:
 
 def run(recipe: Recipe) -> Plan:
     """The plan, which also stands in ROOT/plan.json; raises StageError where the sample cannot be run."""
-    root = open_root(recipe.root)
+    root, load = open_root(recipe.root), psutil.getloadavg()[0]
     rows = recipe.plan.sample_rows
     counted = [census(source, recipe.ingest.rows_per_shard, rows, recipe.seed) for source in recipe.sources]
     folder = posixpath.join("plan", attempt_id())
     try:
         listing, sampled = run_sample(recipe, posixpath.join(recipe.root, folder), counted)
-        plan = reckon(recipe, counted, listing, sampled, _listings(root, folder, recipe))
+        plan = reckon(recipe, counted, listing, sampled, _listings(root, folder, recipe), load)
     finally:
         _remove(root, folder)
     root.write(plan.model_dump_json(indent=1).encode(), PLAN_NAME)

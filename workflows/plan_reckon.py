@@ -35,6 +35,7 @@ from workflows.store import StageError
 FED_BY = {"depth": "ingest", "masks": "ingest", "tokenize": "depth", "assemble": "ingest"}  # whose rows come in
 INPUTS = {"ingest": 1, "depth": 1, "masks": 1, "tokenize": 1, "assemble": 3}  # tables that a shard is made from
 MEASURES = 6  # times that the codebook's training looks at all held-out maps, forward only: a third of a step's work
+BUSY = 0.5  # load for each core from which a plan says that it was disturbed
 
 
 def reckon(
@@ -43,8 +44,12 @@ def reckon(
     listing_seconds: float,
     sampled: Sequence[Sampled],
     listings: Mapping[str, Manifest],
+    load: float,
 ) -> Plan:
-    """The plan for the whole data from a census and a sample of every stage."""
+    """The plan for the whole data from a census and a sample of every stage.
+
+    load: threads of other work that wanted a core when the sample began.
+    """
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     by_stage = {one.stage: one for one in sampled}
     flow = _flow(recipe, counted, by_stage)
@@ -82,7 +87,7 @@ def reckon(
         machines_usd=sum(usd) if len(usd) == len(stages) else None,
         requests_usd=None if by_puts is None or by_gets is None else by_puts + by_gets,
         storage_usd_per_month=money(size, prices, "storage_usd_per_gb_month", 10**9),
-        notes=tuple(_notes(recipe, by_stage)),
+        notes=tuple(_notes(recipe, by_stage, load, cores)),
     )
 
 
@@ -147,7 +152,7 @@ def _measured(one: Sampled) -> _Measured:
         line,
         once=max(0.0, one.job_wall - steady),
         late=min(first.values()),
-        busy=sum(pace["cpu_seconds"] for _, pace in used) / max(1e-9, sum(pace["seconds"] for _, pace in used)),
+        busy=max(0.01, sum(p["cpu_seconds"] for _, p in used) / max(1e-9, sum(p["seconds"] for _, p in used))),
         memory_gb=max(pace["memory_mb"] for _, pace in paces) / 1024,
     )
 
@@ -207,7 +212,9 @@ def _stage(
 def _best(recipe: Recipe, pool: PoolRecipe, measured: _Measured, shards: int, cores: int) -> Fleet:
     """The most actors that do good: on the recipe's machines, or here, where more than the cores hold add nothing."""
     if not recipe.plan.machines:
-        return Fleet("", max(1, min(shards, int(cores / max(measured.busy, 0.01)))), 0)
+        memory_gb = psutil.virtual_memory().total / 2**30
+        held = min(cores / measured.busy, memory_gb / measured.memory_gb, recipe.cluster.logical_cpus / pool.cpus)
+        return Fleet("", max(1, min(shards, int(held))), 0)
     try:
         return fleet(pool, recipe.plan.machines, measured.busy, measured.memory_gb, shards)
     except ValueError as error:
@@ -273,9 +280,14 @@ def _codebook(recipe: Recipe, one: Sampled, maps: Sequence[Rows]) -> StagePlan:
     )
 
 
-def _notes(recipe: Recipe, sampled: Mapping[str, Sampled]) -> list[str]:
+def _notes(recipe: Recipe, sampled: Mapping[str, Sampled], load: float, cores: int) -> list[str]:
     """What is to be known before the run is started."""
     notes = []
+    if load > BUSY * cores:
+        notes.append(
+            f"other work kept this machine busy when the sample began (load {load:.1f} on {cores} cores): the rates are"
+            " too low and the suggested pools too large for a quiet one; plan again when it is quiet"
+        )
     for stage, one in sampled.items():
         for name, manifest in one.manifests.items() if stage != "codebook" else ():
             reasons = {reason: n for commit in manifest.shards for reason, n in commit.reasons.items()}

@@ -276,7 +276,9 @@ def test_missing_and_mixed_depth_are_refused_before_anything_starts(tmp_path: Pa
 
 def test_a_sample_that_is_too_small_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
-    with pytest.raises(StageError, match=r"has 19 maps \(codebook\.sample_rows\), expected at least 10 for each"):
+    with pytest.raises(
+        StageError, match=r"has 19 maps \(codebook\.sample_rows\), expected at least 10 for each"
+    ):
         codebook.run(recipe_at(tmp_path, "codebook.sample_rows=19"))
 
 
