@@ -283,6 +283,34 @@ class ClusterRecipe(Section):
     object_store_mb: Positive
 
 
+class MachineRecipe(Section):
+    """A kind of machine that stages may run on."""
+
+    cpus: Positive
+    gpus: Annotated[int, Field(ge=0)] = 0
+    memory_gb: Annotated[float, Field(gt=0)]
+    count: Positive = Field(description="machines that can be had at once")
+    usd_per_hour: Weight | None = Field(default=None, description="of one machine; without it no money is stated")
+
+
+class PriceRecipe(Section):
+    """What a store asks; no defaults, since prices differ by place and year."""
+
+    storage_usd_per_gb_month: Weight = Field(description="of 10^9 bytes")
+    put_usd_per_1000: Weight = Field(description="PUT, POST, LIST")
+    get_usd_per_1000: Weight = Field(description="GET, HEAD")
+
+
+class PlanRecipe(Section):
+    """What `plan` measures with and reckons for; it changes no result."""
+
+    sample_rows: Positive = Field(default=64, description="of each source; some batches of the largest batch size")
+    machines: dict[str, MachineRecipe] = Field(
+        default={}, description="by kind; {} for the machine that `plan` runs on"
+    )
+    prices: PriceRecipe | None = None
+
+
 class Recipe(Section):
     name: str
     root: str = Field(description="folder or URI that every table of the run lies under")
@@ -301,6 +329,7 @@ class Recipe(Section):
     train: TrainRecipe
     evaluate: EvaluateRecipe
     serve: ServeRecipe
+    plan: PlanRecipe = PlanRecipe()
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
@@ -321,8 +350,8 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every field but `root`, so that a moved run keeps its name."""
-        return section_digest(self, exclude={"root"})
+        """16 hex digits over every field but `root` and `plan`: a moved run keeps its name, whatever it costs there."""
+        return section_digest(self, exclude={"root", "plan"})
 
 
 def section_digest(section: BaseModel, *, exclude: set[str] | None = None) -> str:

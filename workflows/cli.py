@@ -65,6 +65,32 @@ def run(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetO
 
 
 @app.command()
+def plan(
+    as_json: Annotated[
+        str | None, typer.Option("--json", help="Write it as JSON to a file, or `-` to print it.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="After a run: planned beside actual.")] = False,
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """What a run will take: rates, pools, hours, storage, requests, money; measured on a sample."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        planning, tables = (importlib.import_module(f"workflows.{name}") for name in ("plan", "plan_table"))
+        if compare:
+            tables.show_compared(planning.compare(loaded))
+            return
+        made = planning.run(loaded)
+        if as_json == "-":
+            typer.echo(made.model_dump_json(indent=1))
+            return
+        tables.show(made)
+        if as_json is not None:
+            Path(as_json).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
 def ingest(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Images in: decoded, checked, hashed, with their questions."""
     _stage("ingest", _load(recipe, root, overrides))

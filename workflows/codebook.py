@@ -174,6 +174,7 @@ def _publish(root: Root, result: Result, parts: list[Part], tables: dict[str, Ma
             "sample": [part.stated() for part in parts],
             "tables": {name: table.kept for name, table in tables.items()},
             "resumed_at": result.metrics["resumed_at"],
+            "pace": result.metrics.get("pace"),  # None where an attempt before had learnt it
         }
         return publish_first(
             root, Path(folder), "codebook", digest=digest, stage="codebook", read=rows, kept=rows, extra=extra, **fields

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def work(values: dict[str, Any]) -> None:
     optimizer = torch.optim.Adam(codebook.parameters(), lr=section.learning_rate)
     progress = _resumed(codebook, optimizer)
     parts = [Part(**part) for part in values["parts"]]
+    began = time.monotonic()
     share = load_share(root, parts, section.image_size, rank, world)
+    loaded, first = time.monotonic(), progress.step
     plan = Plan(
         steps=section.steps,
         batch=section.global_batch // world,
@@ -70,6 +73,8 @@ def work(values: dict[str, Any]) -> None:
             _report(folder, progress, values["attempt"], rank)
 
     learn(codebook, model, optimizer, share, plan, progress, save)
+    learnt = time.monotonic() - loaded
+    pace = {"steps": section.steps - first, "learn_seconds": learnt, "load_seconds": loaded - began}
     assert progress.best is not None  # the last step is measured
     codebook.load_state_dict(progress.best)
     with tempfile.TemporaryDirectory(prefix="perceptio-codebook-") as folder:
@@ -77,7 +82,7 @@ def work(values: dict[str, Any]) -> None:
         if rank == 0:
             report |= {"convention": values["convention"], "history": progress.history}
             (Path(folder) / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        _report(folder, progress, values["attempt"], rank)
+        _report(folder, progress, values["attempt"], rank, pace=pace)
 
 
 def _models(recipe: Recipe, world: int) -> tuple[DepthCodebook, nn.Module]:
@@ -109,13 +114,13 @@ def _resumed(codebook: DepthCodebook, optimizer: torch.optim.Optimizer) -> Progr
         return load_progress(Path(folder), codebook, optimizer)
 
 
-def _report(folder: str, progress: Progress, attempt: str, rank: int) -> None:
+def _report(folder: str, progress: Progress, attempt: str, rank: int, **more: Any) -> None:
     """Hands a folder to Ray Train's storage, from rank 0; every rank calls it equally often.
 
     Attempts that overlap never write to one folder, so whatever a run's list names is whole.
     """
     ray.train.report(
-        {"step": progress.step, "resumed_at": progress.resumed_at, **progress.figures},
+        {"step": progress.step, "resumed_at": progress.resumed_at, **progress.figures, **more},
         checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None,
         checkpoint_dir_name=f"step-{progress.step:08d}-{attempt}",
     )

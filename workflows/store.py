@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from perceptio.data.store import StoreError, filesystem, retried, stood_already
+from perceptio.data.store import StoreError, answer_of, filesystem, retried, stood_already
 from schemas.manifest import MANIFEST_NAME, Manifest
 
 STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
