@@ -37,7 +37,15 @@ def row(kind: str, shard: int, number: int) -> dict[str, Any]:
     key = image_id(image(shard, number))
     mask = {"height": 1, "width": 1, "counts": "01"}
     values: dict[str, Any] = {"id": key, "uri": f"{number}.png", "image": image(shard, number), "width": 1, "height": 1}
-    values |= {"turns": [], "masks": [mask], "boxes": [], "recorded_depth": None, "inv_depth": b"map", "raw_min": 0.0}
+    values |= {
+        "turns": [],
+        "masks": [mask],
+        "boxes": [],
+        "clicks": [],
+        "recorded_depth": None,
+        "inv_depth": b"map",
+        "raw_min": 0.0,
+    }
     values |= {"raw_max": 1.0, "predicted_iou": [1.0], "stability": [1.0], "recorded": True, "codes": [shard, number]}
     values |= {"depth_target": b"small", "reconstruction_mae": 0.1, "first": 0, "rows": 1, "size": 9, "record": ""}
     values |= {"reason": "", "message": ""}
