@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,9 @@ import typer
 
 from schemas.recipe import Recipe, RecipeError
 from schemas.recipe_file import load_recipe
+from workflows.logs import Format, configure
 
 RECIPES = Path(__file__).parent / "recipes"
-QUIET = ("ray", "deepspeed", "DeepSpeed", "transformers", "httpx", "matplotlib", "PIL", "fsspec", "s3fs", "botocore")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of a shipped one.")]
 RootOption = Annotated[str | None, typer.Option("--root", help="Folder or s3:// address instead of the recipe's root.")]
@@ -37,12 +36,15 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def _logs(
+    log_format: Annotated[Format, typer.Option("--log-format", help="text, or json: one object a line.")] = "text",
+) -> None:
+    configure(log_format)
+
+
 def main() -> None:
     """Runs the command line; the console script."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a new cluster has a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -60,6 +62,32 @@ def demo(root: RootOption = "runs/demo", overrides: SetOption = None) -> None:
 def run(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Every stage of a recipe in order; what is complete is skipped."""
     _stage("pipeline", _load(recipe, root, overrides))
+
+
+@app.command()
+def plan(
+    as_json: Annotated[
+        str | None, typer.Option("--json", help="Write it as JSON to a file, or `-` to print it.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="After a run: planned beside actual.")] = False,
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """What a run will take: rates, pools, hours, storage, requests, money; measured on a sample."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        planning, tables = (importlib.import_module(f"workflows.{name}") for name in ("plan", "plan_table"))
+        if compare:
+            tables.show_compared(planning.compare(loaded))
+            return
+        made = planning.run(loaded)
+        if as_json == "-":
+            typer.echo(made.model_dump_json(indent=1))
+            return
+        tables.show(made)
+        if as_json is not None:
+            Path(as_json).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()

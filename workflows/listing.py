@@ -7,6 +7,7 @@ with its shard: files that come later get shards of their own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,10 @@ import pyarrow as pa
 
 from perceptio.sources.open import reader_of
 from perceptio.sources.record import Item, Reader, SourceError
-from schemas.manifest import Manifest
+from schemas.manifest import Manifest, ShardCommit
 from schemas.recipe import Recipe, RoomsSource, Source, section_digest
 from schemas.tables import ID_DIGITS, LISTING, REJECTS
-from workflows.commits import Table, require_same
+from workflows.commits import Table, content_digest, require_same
 from workflows.rooms_source import RoomsReader
 from workflows.runtime import attempt_id, code_version
 from workflows.store import Root, StageError
@@ -42,8 +43,7 @@ def listed(recipe: Recipe, root: Root, source: Source, *, more: bool = False) ->
     cannot be listed or holds nothing.
     """
     table, rows = Table(root, "listing", source.name), recipe.ingest.rows_per_shard
-    exclude = {"count"} if isinstance(source, RoomsSource) else set()
-    inputs = {"source": section_digest(source, exclude=exclude), "rows_per_shard": str(rows)}
+    inputs = _inputs(recipe, source)
     standing = table.manifest()
     if standing is not None:
         require_same(str(table), standing.inputs, inputs)
@@ -53,23 +53,54 @@ def listed(recipe: Recipe, root: Root, source: Source, *, more: bool = False) ->
     table.plan(inputs)
     commits = table.committed()
     known = _numbers(key for shard in sorted(commits) for key in table.ids_of(commits[shard]))
-    attempt, new = attempt_id(), _unknown(reader(source).items(), known, rows)
-    guess = 1 if isinstance(source, RoomsSource) else rows  # rows of an item that does not say how many it has
+    new = _unknown(reader(source).items(), known, rows)
     try:
-        for shard, items in enumerate(_shards(new, rows, guess), start=len(commits)):
-            made = pa.Table.from_pylist(list(_rows(items)), schema=LISTING)
-            commits[shard] = table.commit(shard, attempt, made, REJECTS.empty_table(), made.num_rows)
-            if commits[shard].attempt != attempt:
-                raise StageError(
-                    f"{table}: shard {shard} was listed by attempt {commits[shard].attempt} at the same time: wait for"
-                    " it, then run this again"
-                )
+        return _filled(recipe, table, inputs, commits, cut(source, new, rows))
     except SourceError as error:
         raise StageError(f"source '{source.name}': {error}") from error
+
+
+def put(recipe: Recipe, root: Root, source: Source, shards: Iterable[list[Item]]) -> Manifest:
+    """The manifest of a new listing of just these shards, which the stages take for the source's own."""
+    table = Table(root, "listing", source.name)
+    inputs = _inputs(recipe, source)
+    table.plan(inputs)
+    return _filled(recipe, table, inputs, {}, shards)
+
+
+def cut(source: Source, items: Iterable[Item], rows_per_shard: int) -> Iterator[list[Item]]:
+    """The items in the shards that they are listed in."""
+    guess = 1 if isinstance(source, RoomsSource) else rows_per_shard  # rows of an item that does not say how many
+    return _shards(items, rows_per_shard, guess)
+
+
+def _inputs(recipe: Recipe, source: Source) -> dict[str, str]:
+    exclude = {"count"} if isinstance(source, RoomsSource) else set()
+    return {"source": section_digest(source, exclude=exclude), "rows_per_shard": str(recipe.ingest.rows_per_shard)}
+
+
+def _filled(
+    recipe: Recipe,
+    table: Table,
+    inputs: dict[str, str],
+    commits: dict[int, ShardCommit],
+    shards: Iterable[list[Item]],
+) -> Manifest:
+    """The manifest of a listing after these shards were added to those of `commits`."""
+    attempt = attempt_id()
+    free = (number for number in itertools.count() if number not in commits)  # a damaged shard may have been deleted
+    for items in shards:
+        shard = next(free)
+        made = pa.Table.from_pylist(list(_rows(items)), schema=LISTING)
+        commits[shard] = table.commit(shard, attempt, made, REJECTS.empty_table(), made.num_rows)
+        if commits[shard].content != content_digest(made):
+            raise StageError(
+                f"{table}: attempt {commits[shard].attempt} found other items for shard {shard} at the same time:"
+                " the source is changing; wait for that attempt, then run this again"
+            )
     if not commits:
-        raise StageError(f"source '{source.name}': it holds nothing that its format '{source.format}' reads")
-    digest, code = recipe.digest, code_version()
-    manifest = table.finish(commits, attempt=attempt, recipe=digest, code=code, inputs=inputs)
+        raise StageError(f"source '{table.source}': it holds nothing that its format reads")
+    manifest = table.finish(commits, attempt=attempt, recipe=recipe.digest, code=code_version(), inputs=inputs)
     log.info("%s: %d items in %d shards", table, manifest.kept, len(manifest.shards))
     return manifest
 

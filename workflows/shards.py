@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import secrets
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -26,12 +28,14 @@ from schemas.manifest import Licence, Manifest, ShardCommit
 from schemas.recipe import PoolRecipe, Recipe
 from schemas.tables import BY_RULE, REJECTS, Reason
 from workflows.commits import Table, require_same
+from workflows.planned import planned_and_actual, read_plan
 from workflows.progress import ShardProgress, summarise
 from workflows.runtime import attempt_id, code_version, start
-from workflows.store import StageError, open_root, write_manifest
+from workflows.store import DamagedTableError, StageError, open_root, write_manifest
 
 log = logging.getLogger(__name__)
 NOTHING: frozenset[Reason] = frozenset()
+PACES_KEPT = 256  # of a table, in its manifest; a plan's sample has fewer shards
 
 
 class TooManyRejectsError(StageError):
@@ -99,6 +103,18 @@ class Job:
     licences: Sequence[Licence] = ()
     payloads: Mapping[int, str] = field(default_factory=dict)
     expected: int = 0  # rows to be read in all, 0 where that is not known before
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long one actor had to do with one shard."""
+
+    rows: int
+    seconds: float
+    cpu_seconds: float
+    actor: str
+    memory_mb: int  # peak so far of the actor's process
+    waited: float  # seconds from the start of the pool to the start of this shard
 
 
 def shards_of(**manifests: Manifest) -> dict[int, dict[str, str]]:
@@ -172,6 +188,7 @@ class Run:
         self.job, self.retry, self.limit = job, retry, recipe.max_reject_share
         self.payloads: Mapping[int, str] = job.payloads
         self.seconds, self.done, self.lost, self.began = 0.0, 0, 0, time.monotonic()
+        self.paces: list[Pace] = []
         self.manifest = job.table.manifest()
         if self.manifest is None:
             job.table.plan(job.inputs)
@@ -192,6 +209,14 @@ class Run:
         self.payloads, self.inputs = payloads, {shard: self.commits[shard].inputs for shard in payloads}
         self.pending = {shard: self._next(shard) for shard in payloads}
 
+    def refresh(self) -> bool:
+        """True if another attempt revised shards meanwhile: its markers are taken over."""
+        standing = self.job.table.committed()
+        newer = {i: standing[i] for i in self.commits if i in standing and standing[i] != self.commits[i]}
+        self.commits |= newer
+        self.lost += len(newer)
+        return bool(newer)
+
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the Ray Data job, one per pending shard; the manifest goes, for the table is about to change."""
         if self.pending and self.manifest is not None:
@@ -210,12 +235,14 @@ class Run:
             for shard, revision in self.pending.items()
         ]
 
-    def add(self, commit: ShardCommit, seconds: float, attempt: str) -> None:
+    def add(self, commit: ShardCommit, pace: Pace, attempt: str) -> None:
         """Takes a commit in. Raises TooManyRejectsError as soon as no rest of the table could bring the share down."""
         self.commits[commit.shard] = commit
         self.pending.pop(commit.shard, None)
-        self.seconds += seconds
+        self.seconds += pace.seconds
         self.done += commit.read
+        if commit.revision == 0 and len(self.paces) < PACES_KEPT:
+            self.paces.append(pace)
         self.lost += not commit.attempt.startswith(attempt)
         if self.job.expected:
             require_few_rejects(self.job.table, self.commits, self.limit, self.job.expected)
@@ -228,6 +255,12 @@ class Run:
         if self.lost:
             log.warning(
                 "%s: another attempt committed %d of these shards first: its rows stand, none of ours", table, self.lost
+            )
+        newer = [shard for shard, last in table.revisions().items() if self._next(shard) <= last]
+        if newer:
+            raise StageError(
+                f"{table}: shard {newer[0]} was revised by another command while this one ran: run `{table.stage}`"
+                " again when that one is done"
             )
         other = [shard for shard, inputs in job.shards.items() if self.commits[shard].inputs != inputs]
         if other:
@@ -244,8 +277,20 @@ class Run:
             inputs=dict(job.inputs),
             licences=tuple(job.licences),
             seconds=round(self.seconds, 3),
-            extra={"rows_done": self.done, "wall_seconds": round(time.monotonic() - self.began, 3), **extra},
+            extra={**self._figures(recipe), **extra},
         )
+
+    def _figures(self, recipe: Recipe) -> dict[str, Any]:
+        """What was done in how long, and what `plan` had said of it where it was asked before."""
+        table, wall = self.job.table, time.monotonic() - self.began
+        figures = {
+            "rows_done": self.done,
+            "wall_seconds": round(wall, 3),
+            "paces": [asdict(pace) for pace in self.paces],
+        }
+        plan = read_plan(table.root, recipe)
+        size = sum(entry.size for c in self.commits.values() for entry in (c.data, c.rejects) if entry is not None)
+        return figures | planned_and_actual(plan, table, rows=self.done, seconds=self.seconds, wall=wall, size=size)
 
     def _with_extra(self, manifest: Manifest, extra: Mapping[str, Any]) -> Manifest:
         """The manifest that stands; written again only where `extra` says something new."""
@@ -288,9 +333,14 @@ def work(
     by_source = {run.job.table.source: run for run in runs}
     total = sum(len(run.inputs) for run in runs)
     place = {"uri": table.root.uri, "name": table.name, "attempt": attempt, "row_group_rows": row_group_rows}
+    # counted here and not by the actors: a shard that is done twice counts once
+    counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", ("stage", "source", "outcome"))
     with ShardProgress(table.stage, total, total - len(rows)) as progress:
-        for source, commit, seconds in _commits(rows, table.stage, worker, arguments, pool, place):
-            by_source[source].add(commit, seconds, attempt)
+        for source, commit, pace in _commits(rows, table.stage, worker, arguments, pool, place):
+            for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
+                if count:
+                    counted.inc(count, {"stage": table.stage, "source": source, "outcome": outcome})
+            by_source[source].add(commit, pace, attempt)
             progress.add(commit)
 
 
@@ -331,8 +381,9 @@ def _commits(
     arguments: Mapping[str, Any],
     pool: PoolRecipe,
     place: Mapping[str, Any],
-) -> Iterator[tuple[str, ShardCommit, float]]:
-    """Source, commit record and seconds of each pending shard, as the shards get done."""
+) -> Iterator[tuple[str, ShardCommit, Pace]]:
+    """Source, commit record and pace of each pending shard, as the shards get done."""
+    asked = time.time()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows, not blocks
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -350,7 +401,9 @@ def _commits(
     )
     try:
         for record in records.iter_rows():
-            yield record["source"], ShardCommit.model_validate_json(record["commit"]), record["seconds"]
+            pace = Pace(**json.loads(record["pace"]))
+            pace = replace(pace, waited=round(max(0.0, pace.waited - asked), 3))
+            yield record["source"], ShardCommit.model_validate_json(record["commit"]), pace
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
         raise StageError(f"{stage}: a worker failed: {type(cause).__name__}: {cause}") from error
@@ -372,19 +425,31 @@ class _ShardActor:
     ) -> None:
         self.root, self.name = open_root(uri), name
         self.worker = worker(**arguments)
-        self.attempt, self.row_group_rows = attempt, row_group_rows
-        tags = ("stage", "source", "outcome")
-        self.counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", tag_keys=tags)
+        self.attempt, self.row_group_rows, self.actor = attempt, row_group_rows, secrets.token_hex(3)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        began = time.monotonic()
+        asked, began, busy = time.time(), time.monotonic(), time.process_time()
         table = Table(self.root, self.name, row["source"])
         standing = table.find(int(row["shard"]))
         # Ray repeats a task whose process died: it may have committed before that
         if standing is None or standing.revision < row["revision"]:
-            standing = self._commit(table, row, standing)
-        seconds = time.monotonic() - began
-        return {"source": table.source, "commit": standing.model_dump_json(), "seconds": seconds}
+            try:
+                standing = self._commit(table, row, standing)
+            except DamagedTableError:
+                # another attempt that has this revision ends the table, and takes the revision before away
+                standing = table.find(int(row["shard"]))
+                if standing is None or standing.revision < row["revision"]:
+                    raise
+        pace = Pace(
+            rows=standing.read,
+            seconds=round(time.monotonic() - began, 4),
+            cpu_seconds=round(time.process_time() - busy, 4),
+            actor=self.actor,
+            memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            // (2**20 if sys.platform == "darwin" else 2**10),
+            waited=asked,
+        )
+        return {"source": table.source, "commit": standing.model_dump_json(), "pace": json.dumps(asdict(pace))}
 
     def _commit(self, table: Table, row: Mapping[str, Any], previous: ShardCommit | None) -> ShardCommit:
         shard, revision = int(row["shard"]), int(row["revision"])
@@ -393,7 +458,7 @@ class _ShardActor:
         result = self.worker.process(Work(table, over, shard, inputs, row["payload"], previous, retry))
         # a repeated task must not write over the files of its first try, so each try has a name of its own
         attempt = f"{self.attempt}-{secrets.token_hex(2)}"
-        commit = table.commit(
+        return table.commit(
             shard,
             attempt,
             result.table,
@@ -403,10 +468,6 @@ class _ShardActor:
             inputs=inputs,
             revision=revision,
         )
-        for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
-            if count:
-                self.counted.inc(count, {"stage": table.stage, "source": table.source, "outcome": outcome})
-        return commit
 
 
 def rejects_table(table: Table, shard: int, rejects: Sequence[Reject]) -> pa.Table:

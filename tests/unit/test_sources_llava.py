@@ -131,7 +131,12 @@ def test_a_file_that_is_no_array_is_named(tmp_path: Path, text: bytes, message: 
 
 
 @settings(deadline=None)
-@given(values=st.lists(JSON, max_size=6), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(), chunk=st.integers(1, 50))
+@given(
+    values=st.lists(JSON, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    chunk=st.integers(1, 50),
+)
 def test_arrays_are_read_in_any_pieces(values: list[Any], indent: int | None, ascii_only: bool, chunk: int) -> None:
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
