@@ -30,7 +30,7 @@ from schemas.tables import Reason
 
 SUFFIX = ".tar"
 PARTNERS = (".json", ".txt", ".cls")
-RECORD_FIELDS = {"turns", "boxes", "masks"}
+RECORD_FIELDS = set(Record.model_fields)
 MOST_SHARDS = 1_000_000  # of a pattern
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 
