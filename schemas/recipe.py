@@ -34,13 +34,15 @@ class PoolRecipe(Section):
     min_actors: Positive
     max_actors: Positive
     cpus: Annotated[float, Field(gt=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of one actor; 0.25 = four share one")
     threads: Positive = Field(default=1, description="torch threads of one actor; part of what fixes digests")
 
     @model_validator(mode="after")
     def _ordered(self) -> PoolRecipe:
         if self.min_actors > self.max_actors:
             raise ValueError(f"min_actors {self.min_actors} is above max_actors {self.max_actors}: swap them")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus {self.gpus:g} is neither a share of one nor whole: Ray gives 0.25 or 2, not 1.5")
         return self
 
 
@@ -58,9 +60,23 @@ class IngestRecipe(Section):
 
 class DepthRecipe(Section):
     teacher: str = Field(description="`rooms`, a folder, a hub id, or `recorded` (the data set's own depth)")
-    batch_size: Positive
-    dtype: Literal["float32", "bfloat16", "float16"]
+    batch_size: Positive = Field(description="images of one shape in a batch; changes the last digits of maps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        description="of the teacher's weights; auto: float16 where the pool has accelerators, else float32"
+    )
+    maps: Literal["all", "sample"] = Field(
+        default="all",
+        description="full maps that are kept: all, or those of held-out sources and of the codebook's sample;"
+        " `tokenize` then makes the codes of all that is not held out straight from the images",
+    )
     pool: PoolRecipe
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16", "float16"]:
+        """The type that `dtype` means. float16, not bfloat16: an error of 1e-4 in inv_depth, not 1e-3 (rooms)."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float16" if self.pool.gpus else "float32"
 
 
 class MasksRecipe(Section):

@@ -63,6 +63,7 @@ IMAGES = pa.schema(
         ("turns", pa.list_(TURN)),
         ("masks", pa.list_(RLE)),  # one per object, or [] where the record has none
         ("boxes", pa.list_(BOX)),  # one per object, or []
+        ("clicks", pa.list_(POINT)),  # a pixel inside each object, or []; `masks` asks SAM2 by them where no box is
         ("recorded_depth", pa.binary()),  # 16-bit PNG, millimetres, 0 = unknown; null where the data set has none
     ]
 )
@@ -70,7 +71,10 @@ IMAGES = pa.schema(
 DEPTH = pa.schema(
     [
         ("id", pa.string()),
-        ("inv_depth", pa.binary()),  # 16-bit PNG of the image's size; value / 65535 = inv_depth, larger = closer
+        (
+            "inv_depth",
+            pa.binary(),
+        ),  # of the image's size, packed (perceptio/data/maps.py); value / 65535, larger = closer
         ("raw_min", pa.float32()),  # of the teacher's output before scaling
         ("raw_max", pa.float32()),
     ]
@@ -90,7 +94,7 @@ CODES = pa.schema(
     [
         ("id", pa.string()),
         ("codes", pa.list_(pa.uint16())),  # N codes, row-major, each < K
-        ("depth_target", pa.binary()),  # 16-bit PNG, inv_depth at the codebook's resolution
+        ("depth_target", pa.binary()),  # inv_depth at the codebook's resolution, packed likewise
         ("reconstruction_mae", pa.float32()),  # mean |decode(codes) - target| in inv_depth
     ]
 )

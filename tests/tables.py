@@ -16,6 +16,7 @@ from workflows.folders import publish
 from workflows.listing import listed
 from workflows.shards import ShardWorker, Work
 from workflows.store import Root
+from workflows.teacher_maps import Teaching
 
 ROOMS = Path(ingest.__file__).parent / "recipes" / "rooms.yaml"
 SCENES = 3
@@ -61,7 +62,7 @@ def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
     """The tables that an evaluation reads, by the stages' own workers, without an actor pool for each."""
     workers: dict[tuple[str, ...], ShardWorker] = {
         ("images", "listing"): ingest.IngestWorker(recipe.model_dump_json()),
-        ("depth", "images"): depth.RecordedWorker(),
+        ("depth", "images"): depth.DepthWorker(Teaching.of(recipe).source),
         ("codes", "depth"): tokenize_depth.CodecWorker(recipe.root, batch_size=4, threads=1),
         ("samples", "images", "codes"): assemble.JoinWorker(),
     }

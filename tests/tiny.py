@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+)
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from perceptio.model import PerceptioForConditionalGeneration
@@ -58,7 +65,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
     processor.save_pretrained(parts["base"])
     sam2 = Sam2ImageConfig(image_size=64, embed_dim=16)
     Sam2ImageModel(sam2).save_pretrained(parts["sam2"])
-    _codebook().save_pretrained(parts["codebook"])
+    random_codebook().save_pretrained(parts["codebook"])
     return parts
 
 
@@ -73,9 +80,39 @@ def tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder / "model"
 
 
-def _codebook() -> DepthCodebook:
+def random_codebook() -> DepthCodebook:
     """A 2 x 2 grid of 8 codes, set by k-means on random maps."""
     codebook = DepthCodebook(CodebookConfig(image_size=16, codes=8, dim=8, channels=(8, 8, 8), residual_blocks=0))
     codebook.train()
     codebook(torch.rand(16, 16, 16))
     return codebook.eval()
+
+
+def depth_teacher(folder: Path) -> Path:
+    """The folder, with a Depth Anything of 60,000 random parameters in it."""
+    torch.manual_seed(0)
+    backbone = Dinov2Config(
+        image_size=32,
+        patch_size=16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        out_indices=[1, 2],
+        reshape_hidden_states=False,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=16,
+        reassemble_hidden_size=16,
+        reassemble_factors=[2, 1],
+        neck_hidden_sizes=[8, 16],
+        fusion_hidden_size=8,
+        head_hidden_size=4,
+        initializer_range=0.3,  # at the published 0.02 so small a model is flat
+        depth_estimation_type="relative",
+    )
+    model = DepthAnythingForDepthEstimation(config)
+    torch.nn.init.constant_(model.get_parameter("head.conv3.bias"), 5.0)  # keeps the last ReLU alive
+    model.save_pretrained(folder)
+    DPTImageProcessor(size={"height": 32, "width": 32}, ensure_multiple_of=16).save_pretrained(folder)
+    return folder

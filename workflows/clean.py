@@ -48,14 +48,13 @@ def run(recipe: Recipe, *, yes: bool = False, now: float | None = None) -> list[
 
 def _strays(table: Table, now: float) -> Iterator[Stray]:
     commits = table.committed()
-    finished = table.manifest() is not None
+    finished, lost = table.manifest() is not None, set(table.lost(commits))
     for name in table.unnamed(commits):
-        part = PART.match(posixpath.basename(name))
-        if part is None:
+        if PART.match(posixpath.basename(name)) is None:
             continue  # not ours to judge
         path = posixpath.normpath(posixpath.join(table.name, table.source, name))
         size, age = table.root.size_and_age(path, now)
-        if int(part[1]) in commits:
+        if name in lost:
             yield Stray(path, size, "an older revision, or an attempt that lost")
         elif finished or age > LOST_AFTER_S:
             yield Stray(path, size, "an attempt that never committed")

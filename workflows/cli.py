@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,9 @@ import typer
 
 from schemas.recipe import Recipe, RecipeError
 from schemas.recipe_file import load_recipe
+from workflows.logs import Format, configure
 
 RECIPES = Path(__file__).parent / "recipes"
-QUIET = ("ray", "deepspeed", "DeepSpeed", "transformers", "httpx", "matplotlib", "PIL", "fsspec", "s3fs", "botocore")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of a shipped one.")]
 RootOption = Annotated[str | None, typer.Option("--root", help="Folder or s3:// address instead of the recipe's root.")]
@@ -37,12 +36,15 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def _logs(
+    log_format: Annotated[Format, typer.Option("--log-format", help="text, or json: one object a line.")] = "text",
+) -> None:
+    configure(log_format)
+
+
 def main() -> None:
     """Runs the command line; the console script."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a new cluster has a token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

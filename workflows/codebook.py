@@ -58,15 +58,7 @@ def run(recipe: Recipe) -> None:
     runtime.start(recipe)
     try:
         result = _trainer(recipe, root, parts, name, attempt, inputs["convention"]).fit()
-    except (TrainingFailedError, RayError) as error:
-        standing = root.manifest("codebook")
-        if standing is None:
-            raise StageError(
-                f"codebook: run {name} failed: {error}. Its states stay: run it again to resume. If it fails in the"
-                f" same way, delete {root.at('runs', name)} to begin anew"
-            ) from error
-    else:
-        standing = _publish(
+        standing = root.manifest("codebook") or _publish(
             root,
             result,
             parts,
@@ -78,8 +70,16 @@ def run(recipe: Recipe) -> None:
             licences=_licences(tables),
             seconds=round(time.monotonic() - started, 3),
         )
+    except (TrainingFailedError, RayError, FileNotFoundError) as error:
+        standing = root.manifest("codebook")  # an attempt that was first removes the run's folder under ours
+        if standing is None:
+            raise StageError(
+                f"codebook: run {name} failed: {error}. Its states stay: run it again to resume. If it fails in the"
+                f" same way, delete {root.at('runs', name)} to begin anew"
+            ) from error
+    if standing.attempt == attempt:
         _remove(root, name)
-    if standing.attempt != attempt:
+    else:
         require_same("codebook", standing.inputs, inputs)
         log.warning("codebook: attempt %s published one first: it stands, ours is dropped", standing.attempt)
     log.info("codebook: held-out MAE %.4f, the mean map's %.4f", standing.extra["mae"], standing.extra["mean_map_mae"])

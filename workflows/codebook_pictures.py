@@ -12,8 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from workflows.pictures import depth_colours
-
 TILE = 128  # pixels at least; smaller maps are enlarged by a whole number
 GAP, LINE = 6, 16  # pixels
 FULL = 0.25  # error that is shown brightest
@@ -44,6 +42,8 @@ def choose(errors: Sequence[tuple[float, str]], each: int = 4) -> dict[str, list
 
 def contact_sheet(groups: Mapping[str, Sequence[Rebuilt]]) -> Image.Image:
     """One block of rows a group: teacher, reconstruction, absolute error, and each row's MAE under it."""
+    from workflows.pictures import depth_colours  # here, since only rank 0 draws and Matplotlib takes half a second
+
     size = next(len(row.truth_SS) for rows in groups.values() for row in rows)
     side = size * -(-TILE // size)
     block, step = 3 * (side + GAP), side + LINE + GAP

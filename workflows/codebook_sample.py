@@ -5,7 +5,8 @@ Shape legend: R rows, H, W a map's height and width, S the codebook's image side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceptio.data.images import decode_depth16
+from perceptio.data.maps import unpack_map
 from perceptio.depth.codebook_training import STEPS16, Share
-from schemas.manifest import Manifest
+from schemas.manifest import Manifest, ShardCommit
 from workflows.commits import Table
 from workflows.store import Root
 
@@ -42,21 +43,40 @@ class Part:
         return {"source": self.source, "shard": self.shard, "content": self.content, "rows": self.rows}
 
 
-def sample(tables: dict[str, Manifest], rows: int, seed: int) -> list[Part]:
+def sample(tables: Mapping[str, Manifest], rows: int, seed: int) -> list[Part]:
     """The first `rows` rows of all sources' shards in an order drawn from `seed`; all there are if they are fewer.
 
     Whole shards but the last: a sample of rows from everywhere would read every shard of a large table.
     """
-    shards = [(name, commit) for name in sorted(tables) for commit in tables[name].shards if commit.kept]
     parts: list[Part] = []
     taken = 0
-    for place in np.random.default_rng(seed).permutation(len(shards)):
+    for name, commit in _drawn(tables, seed):
         if taken == rows:
             break
-        name, commit = shards[place]
         parts.append(Part(name, commit.shard, commit.content, taken, min(commit.kept, rows - taken)))
         taken += parts[-1].rows
     return parts
+
+
+def sampled_shards(images: Mapping[str, Manifest], rows: int, seed: int, rejects: float) -> dict[str, set[int]]:
+    """Every source's shards that `sample` may draw on, told from the images alone: their depth is all it needs.
+
+    rejects: the share of the images that `depth` may refuse.
+    """
+    shards: dict[str, set[int]] = {name: set() for name in images}
+    expected = 0.0
+    for name, commit in _drawn(images, seed):
+        if expected >= rows:
+            break
+        shards[name].add(commit.shard)
+        expected += commit.kept * (1 - rejects)
+    return shards
+
+
+def _drawn(tables: Mapping[str, Manifest], seed: int) -> list[tuple[str, ShardCommit]]:
+    """All shards with rows, in an order drawn from `seed` that shards added later leave as it is."""
+    shards = [(name, commit) for name in tables for commit in tables[name].shards if commit.kept]
+    return sorted(shards, key=lambda each: hashlib.sha256(f"{seed}/{each[0]}/{each[1].shard}".encode()).digest())
 
 
 def load_share(root: Root, parts: list[Part], size: int, rank: int, world: int) -> Share:
@@ -95,6 +115,6 @@ def _places(part: Part, rank: int, world: int) -> Iterator[tuple[int, bool, int]
 
 def _small(column: pa.ChunkedArray, size: int, row: int) -> Tensor:
     """A stored map at the codebook's size, in 16 bits."""
-    map_HW = torch.from_numpy(decode_depth16(column[row].as_py()).astype(np.float32))
+    map_HW = torch.from_numpy(unpack_map(column[row].as_py()).astype(np.float32))
     map_SS = F.interpolate(map_HW[None, None], (size, size), mode="bilinear", antialias=True)[0, 0]
     return map_SS.round().clamp(0, STEPS16).to(torch.uint16)

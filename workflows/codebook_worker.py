@@ -20,12 +20,22 @@ from torch import nn
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from perceptio.depth.codebook_state import Progress, load_progress, save_progress
-from perceptio.depth.codebook_training import STEPS16, Measured, Plan, Share, learn, mean_map_error, measure, total_of
+from perceptio.depth.codebook_training import (
+    PARALLEL,
+    STEPS16,
+    Measured,
+    Plan,
+    Share,
+    learn,
+    mean_map_error,
+    measure,
+    total_of,
+)
 from schemas.recipe import Recipe
 from workflows import runtime
 from workflows.codebook_pictures import Rebuilt, choose, contact_sheet
 from workflows.codebook_sample import Part, load_share
-from workflows.store import StageError, open_root
+from workflows.store import Root, StageError, open_root
 
 REPORT, PICTURE = "report.json", "reconstructions.png"
 
@@ -35,10 +45,10 @@ def work(values: dict[str, Any]) -> None:
     runtime.enter(values["folder"])
     torch.set_num_threads(1)  # another number would round differently
     recipe = Recipe.model_validate_json(values["recipe"])
-    if _is_finished():
-        return
-    context = ray.train.get_context()
+    root, context = open_root(recipe.root), ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    if _gathered(_is_over(root), world)[0]:  # rank 0 decides for all
+        return
     section = recipe.codebook
     torch.manual_seed(recipe.seed)
     codebook, model = _models(recipe, world)
@@ -46,7 +56,7 @@ def work(values: dict[str, Any]) -> None:
     progress = _resumed(codebook, optimizer)
     parts = [Part(**part) for part in values["parts"]]
     began = time.monotonic()
-    share = load_share(open_root(recipe.root), parts, section.image_size, rank, world)
+    share = load_share(root, parts, section.image_size, rank, world)
     loaded, first = time.monotonic(), progress.step
     plan = Plan(
         steps=section.steps,
@@ -81,15 +91,13 @@ def _models(recipe: Recipe, world: int) -> tuple[DepthCodebook, nn.Module]:
     names = {"image_size", "codes", "dim", "channels", "residual_blocks", "ema_decay", "commitment", "gradient_weight"}
     codebook = DepthCodebook(CodebookConfig(**section.model_dump(include=names)), synchronised=world > 1)
     codebook.to(ray.train.torch.get_device())
-    # no broadcast of buffers: the quantizer shares its statistics itself, and a difference must show. Without
-    # find_unused_parameters DDP regroups gradients after its first step, and three ranks or more would then add them
-    # in another order in a resumed run
-    options = {"broadcast_buffers": False, "find_unused_parameters": True}
-    return codebook, ray.train.torch.prepare_model(codebook, parallel_strategy_kwargs=options)
+    return codebook, ray.train.torch.prepare_model(codebook, parallel_strategy_kwargs=PARALLEL)
 
 
-def _is_finished() -> bool:
-    """Whether the run's last report is a finished codebook: its driver died before it was published."""
+def _is_over(root: Root) -> bool:
+    """Whether nothing is left to train: another attempt published the codebook, or this run's driver died before."""
+    if root.manifest("codebook") is not None:
+        return True
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return False

@@ -3,7 +3,8 @@
     ROOT/TABLE/SOURCE/part-000007-ATTEMPT.parquet           rows that were kept
     ROOT/rejects/STAGE/SOURCE/part-000007-ATTEMPT.parquet   rows that were refused, with the reason
     ROOT/TABLE/SOURCE/_commits/000007.json                  the marker: its exclusive create decides which attempt won
-    ROOT/TABLE/SOURCE/_commits/000007.1.json                the marker of its next revision, which counts from now on
+    ROOT/TABLE/SOURCE/part-000007.1-ATTEMPT.parquet         rows of its next revision
+    ROOT/TABLE/SOURCE/_commits/000007.1.json                the marker of that revision, which counts from now on
     ROOT/TABLE/SOURCE/_commits/plan.json                    what all rows depend on: settings, weights, codebook
     ROOT/TABLE/SOURCE/manifest.json                         written last: the table is complete
 
@@ -43,7 +44,7 @@ STAGE_OF = {
     "samples": "assemble",
 }
 PLAN = "plan.json"
-PART = re.compile(r"part-(\d+)-")
+PART = re.compile(r"part-(\d+)(?:\.(\d+))?-")
 MARKER = re.compile(r"(\d+)(?:\.(\d+))?\.json")
 
 
@@ -75,17 +76,31 @@ class Table:
             standing = self._read("_commits", PLAN)
         require_same(str(self), json.loads(standing), wanted)
 
+    def planned(self) -> dict[str, str] | None:
+        """What `plan` fixed, None where it never did. Raises DamagedTableError where it cannot be read."""
+        data = self.root.read(self.name, self.source, "_commits", PLAN)
+        try:
+            return None if data is None else dict(json.loads(data))
+        except ValueError as error:
+            raise DamagedTableError(
+                f"{self}: _commits/{PLAN} cannot be read: {error}; restore it, or delete it and run `{self.stage}`"
+            ) from error
+
     def committed(self) -> dict[int, ShardCommit]:
         """The marker of every committed shard's last revision, by shard number."""
-        last: dict[int, tuple[int, str]] = {}
-        for name in self.root.files(self.name, self.source, "_commits"):
-            if found := MARKER.fullmatch(name):
-                shard, revision = int(found[1]), int(found[2] or 0)
-                last[shard] = max(last.get(shard, (-1, "")), (revision, name))
-        names = {shard: name for shard, (_, name) in sorted(last.items())}
+        names = {shard: _marker_name(shard, revision) for shard, revision in self.revisions().items()}
         folder = posixpath.join(self.name, self.source, "_commits")
         texts = self.root.read_many([posixpath.join(folder, name) for name in names.values()])
         return {shard: self._marker(name, texts[posixpath.join(folder, name)]) for shard, name in names.items()}
+
+    def revisions(self) -> dict[int, int]:
+        """The last revision of every committed shard, by shard number, from the markers' names alone."""
+        last: dict[int, int] = {}
+        for name in self.root.files(self.name, self.source, "_commits"):
+            if found := MARKER.fullmatch(name):
+                shard, revision = int(found[1]), int(found[2] or 0)
+                last[shard] = max(last.get(shard, 0), revision)
+        return dict(sorted(last.items()))
 
     def find(self, shard: int) -> ShardCommit | None:
         """The marker of one shard's last revision, None where it is not committed."""
@@ -121,7 +136,7 @@ class Table:
         doubled = [key for key, n in Counter(table["id"].to_pylist()).items() if n > 1]
         if doubled:
             raise ValueError(f"{self} shard {shard}: {len(doubled)} ids stand twice, e.g. {doubled[0]}: reject one")
-        part = f"part-{shard:06d}-{attempt}.parquet"
+        part = f"part-{_revision(shard, revision)}-{attempt}.parquet"
         entry, data = _parquet(part, table, row_group_rows)
         rejects_entry, rejects_data = _parquet(self._rejects_path(part), rejects, row_group_rows)
         commit = ShardCommit(
@@ -225,29 +240,44 @@ class Table:
         return [path for path in found if path not in known]
 
     def clean(self, commits: Mapping[int, ShardCommit] | None = None) -> list[str]:
-        """Deletes what lost attempts and older revisions left of committed shards, and says which files.
-
-        Files of shards that are not committed stay: they may be someone's work.
-        """
-        commits = self.committed() if commits is None else commits
-        parts = [(path, PART.match(posixpath.basename(path))) for path in self.unnamed(commits)]
-        strays = [path for path, part in parts if part is not None and int(part[1]) in commits]
+        """Deletes what lost attempts and older revisions left of committed shards, and says which files."""
+        strays = self.lost(commits)
         for path in strays:
             self.root.delete(self.name, self.source, path)
         return strays
+
+    def lost(self, commits: Mapping[int, ShardCommit] | None = None) -> list[str]:
+        """Unnamed files that no marker can ever name: their revision of the shard, or a later one, is committed.
+
+        All others may be someone's work that is about to be committed.
+        """
+        commits = self.committed() if commits is None else commits
+        parts = [(path, PART.match(posixpath.basename(path))) for path in self.unnamed(commits)]
+        return [
+            path
+            for path, part in parts
+            if part is not None and int(part[1]) in commits and int(part[2] or 0) <= commits[int(part[1])].revision
+        ]
 
     def checked(self, entry: FileEntry) -> bytes:
         """A file's bytes. Raises DamagedTableError where they are missing or not those that were committed."""
         data = self.root.read(self.name, self.source, entry.path)
         if data is None:
-            raise DamagedTableError(f"{self}: file {entry.path} is missing: restore it, or delete its marker and rerun")
+            raise DamagedTableError(f"{self}: file {entry.path} is missing: {self.remedy(shard_of(entry.path))}")
         seen = hashlib.sha256(data).hexdigest()
         if len(data) != entry.size or seen != entry.sha256:
             raise DamagedTableError(
                 f"{self}: file {entry.path} has {len(data)} bytes and sha256 {seen[:16]}, its marker says"
-                f" {entry.size} and {entry.sha256[:16]}: it was changed; restore it, or delete its marker and rerun"
+                f" {entry.size} and {entry.sha256[:16]}: it was changed; {self.remedy(shard_of(entry.path))}"
             )
         return data
+
+    def remedy(self, shard: int) -> str:
+        """What to do about a shard that is damaged. Its markers go, all revisions, or a lost one would count again."""
+        return (
+            f"restore it, or delete {self}/{MANIFEST_NAME} and {self}/_commits/{shard:06d}*.json and run"
+            f" `{self.stage}` again"
+        )
 
     def _parse(self, entry: FileEntry, columns: Sequence[str] | None) -> pa.Table:
         return pq.read_table(io.BytesIO(self.checked(entry)), columns=None if columns is None else list(columns))
@@ -256,9 +286,16 @@ class Table:
         if data is None:
             raise DamagedTableError(f"{self}: marker {name} went away while it was read: is a `clean` running?")
         try:
-            return ShardCommit.model_validate_json(data)
+            commit = ShardCommit.model_validate_json(data)
         except ValidationError as error:
-            raise DamagedTableError(f"{self}: marker {name} cannot be read: {error}; delete it and rerun") from error
+            remedy = self.remedy(int(name[:6]))
+            raise DamagedTableError(f"{self}: marker {name} cannot be read: {error}; {remedy}") from error
+        if _marker_name(commit.shard, commit.revision) != name:
+            raise DamagedTableError(
+                f"{self}: marker {name} is that of shard {commit.shard}, revision {commit.revision}: a copy; delete it,"
+                f" and where it replaced the right one, {self.remedy(int(name[:6]))}"
+            )
+        return commit
 
     def _read(self, *parts: str) -> bytes:
         data = self.root.read(self.name, self.source, *parts)
@@ -273,7 +310,21 @@ class Table:
 
 
 def _marker_name(shard: int, revision: int) -> str:
-    return f"{shard:06d}.{revision}.json" if revision else f"{shard:06d}.json"
+    return f"{_revision(shard, revision)}.json"
+
+
+def _revision(shard: int, revision: int) -> str:
+    return f"{shard:06d}.{revision}" if revision else f"{shard:06d}"
+
+
+def shard_of(path: str) -> int:
+    """The number of the shard whose part file lies at `path`."""
+    part = PART.match(posixpath.basename(path))
+    if part is None:
+        raise DamagedTableError(
+            f"a marker names file '{path}', expected part-NUMBER-ATTEMPT.parquet: restore the marker"
+        )
+    return int(part[1])
 
 
 def content_digest(table: pa.Table) -> str:

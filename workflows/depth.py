@@ -6,76 +6,52 @@ Reads   ROOT/images/SOURCE
 Writes  ROOT/depth/SOURCE, ROOT/rejects/depth/SOURCE
 Needs   a depth model of transformers (a folder or hub id), CPUs or accelerators; nothing for `recorded`
 
-Shape legend: H, W image height and width.
+With `depth.maps: sample` only the shards that the codebook is learnt from, and held-out sources, get maps here:
+`tokenize` makes the codes of all else straight from the images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import torch
 
-from perceptio.data.images import ImageLimits, decode, decode_depth16, encode_depth16
-from perceptio.depth.teacher import DepthError, DepthTeacher, TeacherMap, inv_depth_from_metric
-from schemas.manifest import Licence
+from perceptio.data.maps import pack_map
+from perceptio.depth.teacher import TeacherMap
+from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from schemas.tables import DEPTH, Reason
+from workflows.codebook_sample import sampled_shards
 from workflows.commits import Table
-from workflows.runtime import ahead, device, settings_digest, weights
-from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, shards_of
-from workflows.store import open_root
-
-CONVENTION = "inv_depth in [0, 1], larger = closer, min-max scaled per image"
-STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`
+from workflows.shards import Job, Reject, ShardResult, Work, begin, by_id, finish, shards_of, work
+from workflows.store import Root, open_root
+from workflows.teacher_maps import CONVENTION as CONVENTION
+from workflows.teacher_maps import MapSource, Teaching, mapped
 
 Row = dict[str, Any]
 
 
-class TeacherWorker:
-    """Runs the teacher over a shard's images, in batches that are always the same."""
+class DepthWorker:
+    """Makes the maps of a shard's images, in batches that are always the same."""
 
-    def __init__(self, teacher: str, dtype: str, batch_size: int, threads: int) -> None:
-        torch.set_num_threads(threads)  # other thread counts round differently
-        self.batch_size = batch_size
-        self.teacher = DepthTeacher.from_pretrained(teacher, device=device(), dtype=getattr(torch, dtype))
-
-    def process(self, work: Work) -> ShardResult:
-        """One map or one reject per image; files are decoded, and maps encoded, while the model runs."""
-        return by_id(work, ["id", "uri", "image"], self._maps)
-
-    def _maps(self, table: pa.Table) -> ShardResult:
-        images = table.to_pylist()
-        batches = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
-
-        def maps() -> Iterator[tuple[list[Row], list[TeacherMap | DepthError]]]:
-            pixels = ahead(lambda batch: [decode(row["image"], STORED) for row in batch], batches)
-            for batch, rgb in zip(batches, pixels, strict=True):
-                yield batch, self.teacher(rgb)
-
-        return _result([row for rows in ahead(_rows, maps()) for row in rows])
-
-
-class RecordedWorker:
-    """Turns the data set's own metric depth into maps; unknown pixels count as beyond range."""
+    def __init__(self, source: MapSource) -> None:
+        self.maps = source.open()
 
     def process(self, work: Work) -> ShardResult:
         """One map or one reject per image."""
-        columns = ["id", "uri", "recorded_depth"]
-        return by_id(work, columns, lambda table: _result([self._row(row) for row in table.to_pylist()]))
+        return by_id(work, ["id", "uri", self.maps.column], self._maps)
 
-    def _row(self, row: Row) -> Row | Reject:
-        if row["recorded_depth"] is None:
-            message = "the record has no depth of its own: name a teacher in depth.teacher"
-            return Reject(Reason.NO_RECORDED_DEPTH, message, row["id"], row["uri"])
-        millimetres_HW = decode_depth16(row["recorded_depth"]).astype(np.float64)
-        millimetres_HW[millimetres_HW == 0] = np.inf
-        try:
-            return _row(row, inv_depth_from_metric(millimetres_HW / 1000))
-        except DepthError as error:
-            return _row(row, error)
+    def _maps(self, table: pa.Table) -> ShardResult:
+        ids = table["id"].to_pylist()
+        rows: list[Row] = []
+        rejects: list[Reject] = []
+        for key, made in zip(ids, mapped(self.maps, table, _stored), strict=True):
+            if isinstance(made, Reject):
+                rejects.append(made)
+            else:
+                rows.append({"id": key, **made})
+        return ShardResult(pa.Table.from_pylist(rows, schema=DEPTH), len(ids), rejects)
 
 
 def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
@@ -84,50 +60,30 @@ def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
     Rows that were refused for a reason of `retry` are tried again.
     """
     root, section = open_root(recipe.root), recipe.depth
-    inputs = {"settings": settings_digest(section, section.pool), "convention": CONVENTION}
-    licences: list[Licence] = []
-    worker: type[TeacherWorker | RecordedWorker] = RecordedWorker
-    arguments: Row = {}
-    if section.teacher == "recorded":
-        inputs["teacher"] = "recorded"
-    else:
-        source = weights(section.teacher, "teacher")
-        teacher = DepthTeacher.from_pretrained(source)
-        inputs["teacher"] = teacher.digest
-        closed = "-nc" in teacher.licence.lower()
-        licences = [
-            Licence(
-                part="teacher",
-                source=section.teacher,
-                licence=teacher.licence,
-                digest=teacher.digest,
-                non_commercial=closed,
-            )
-        ]
-        worker = TeacherWorker
-        arguments |= {"teacher": source, "dtype": section.dtype, "batch_size": section.batch_size}
-        arguments["threads"] = section.pool.threads
+    teaching = Teaching.of(recipe)
+    images = {source.name: Table(root, "images", source.name).require() for source in recipe.sources}
+    wanted = _wanted(recipe, root, images)
     jobs = []
-    for name in (source.name for source in recipe.sources):
-        images = Table(root, "images", name).require()
+    for name, manifest in images.items():
         table, over = Table(root, "depth", name), Table(root, "images", name)
-        job = Job(table, over, shards_of(images=images), inputs, [*images.licences, *licences], expected=images.kept)
-        jobs.append(job)
-    run_shards(recipe, jobs, worker, arguments, pool=section.pool, retry=retry)
+        shards = {n: inputs for n, inputs in shards_of(images=manifest).items() if n in wanted[name]}
+        licences = [*manifest.licences, *teaching.licences]
+        expected = sum(commit.kept for commit in manifest.shards if commit.shard in shards)
+        jobs.append(Job(table, over, shards, teaching.inputs, licences, expected=expected))
+    runs = begin(recipe, jobs, retry)
+    work(recipe, runs, DepthWorker, {"source": teaching.source}, pool=section.pool)
+    finish(recipe, runs, {"maps": section.maps})
 
 
-def _rows(batch: tuple[list[Row], list[TeacherMap | DepthError]]) -> list[Row | Reject]:
-    return [_row(row, found) for row, found in zip(*batch, strict=True)]
+def _wanted(recipe: Recipe, root: Root, images: Mapping[str, Manifest]) -> dict[str, set[int]]:
+    """The shards of each source whose maps are kept, those that stand already among them."""
+    shards = {name: {commit.shard for commit in manifest.shards} for name, manifest in images.items()}
+    if recipe.depth.maps == "all":
+        return shards
+    training = {source.name: images[source.name] for source in recipe.sources if not source.held_out}
+    chosen = sampled_shards(training, recipe.codebook.sample_rows, recipe.seed, recipe.max_reject_share)
+    return shards | {name: numbers | set(Table(root, "depth", name).committed()) for name, numbers in chosen.items()}
 
 
-def _row(row: Row, found: TeacherMap | DepthError) -> Row | Reject:
-    if isinstance(found, DepthError):
-        return Reject(found.reason, str(found), row["id"], row["uri"])
-    png = encode_depth16(found.inv_depth_HW)
-    return {"id": row["id"], "inv_depth": png, "raw_min": found.raw_min, "raw_max": found.raw_max}
-
-
-def _result(rows: list[Row | Reject]) -> ShardResult:
-    kept = [row for row in rows if not isinstance(row, Reject)]
-    rejects = [row for row in rows if isinstance(row, Reject)]
-    return ShardResult(pa.Table.from_pylist(kept, schema=DEPTH), len(rows), rejects)
+def _stored(found: TeacherMap) -> Row:
+    return {"inv_depth": pack_map(found.inv_depth_HW), "raw_min": found.raw_min, "raw_max": found.raw_max}

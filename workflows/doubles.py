@@ -84,20 +84,16 @@ def _judge(
 ) -> None:
     """Writes down which copies of one image go, and which sources share it."""
     first: dict[str, _Place] = {}
+    leader = members[0]
     for place in members:
-        gone = drops[place.source, place.shard]
-        if place.source in first:
-            message = f"the same image as in shard {first[place.source].shard} of {place.source}: keep one of them"
-            gone[key] = (Reason.DUPLICATE_ID, message)
-            continue
-        leader = next(iter(first.values()), None)
-        first[place.source] = place
-        if leader is None:
-            continue
-        shared[leader.source, place.source] += 1
-        if leader.held_out and not place.held_out and reject_contamination:
+        again = place.source in first
+        first.setdefault(place.source, place)
+        if leader.source != place.source and not again:
+            shared[leader.source, place.source] += 1
+        # asked before doubles, so that the reasons do not depend on which copies an interrupted run took out already
+        if reject_contamination and leader.held_out and not place.held_out:
             message = f"the image also stands in {leader.source}, which is held out for evaluation"
-            gone[key] = (Reason.IN_EVALUATION_SPLIT, message)
-    for where in {(place.source, place.shard) for place in members}:
-        if not drops[where]:
-            del drops[where]
+            drops[place.source, place.shard][key] = (Reason.IN_EVALUATION_SPLIT, message)
+        elif again:
+            message = f"the same image as in shard {first[place.source].shard} of {place.source}: keep one of them"
+            drops[place.source, place.shard][key] = (Reason.DUPLICATE_ID, message)

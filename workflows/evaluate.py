@@ -139,7 +139,6 @@ def run(recipe: Recipe) -> None:
     inputs = _inputs(recipe, root)
     name = f"{inputs['model'][:16]}-{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]}"
     if root.manifest("eval", name) is None:
-        root.fs.makedirs(root.at("eval", name), exist_ok=True)
         _evaluate(recipe, root, name)
         files = tuple(_entry(root, name, file) for file in (*(f"{key}.parquet" for key in PASSES), METRICS))
         manifest = Manifest(

@@ -71,7 +71,6 @@ def _entries(local: Path) -> tuple[tuple[FileEntry, ...], str]:
 
 def _copy(root: Root, local: Path, entries: tuple[FileEntry, ...], folder: tuple[str, ...]) -> None:
     for entry in entries:
-        root.fs.makedirs(root.at(*folder, posixpath.dirname(entry.path)), exist_ok=True)
         root.write((local / entry.path).read_bytes(), *folder, entry.path)
 
 

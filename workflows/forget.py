@@ -51,9 +51,8 @@ def run(recipe: Recipe, ids: Collection[str]) -> Forgotten:
     wanted = {key.strip().lower() for key in ids}
     wrong = [key for key in sorted(wanted) if len(key) != ID_DIGITS or set(key) - set("0123456789abcdef")]
     if wrong or not wanted:
-        raise StageError(
-            f"forget: id {wrong[:1] or 'none'}, expected {ID_DIGITS} hex digits: see the tables' column id"
-        )
+        seen = wrong[0] if wrong else "none"
+        raise StageError(f"forget: id '{seen}', expected {ID_DIGITS} hex digits: see the column `id` of a table")
     root = open_root(recipe.root)
     names = [source.name for source in recipe.sources]
     marked = tuple(_seen_by(root, names, wanted))

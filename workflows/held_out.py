@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from perceptio.data.images import decode_depth16
+from perceptio.data.maps import unpack_map
 from perceptio.data.masks import rle_to_mask
 from perceptio.metrics.masks import ciou, overlap, union_mask
 from workflows.commits import Table
@@ -41,8 +41,8 @@ class Picture:
     turns: tuple[Row, ...]
     masks: tuple[Row, ...]  # run lengths, one per object
     codes: tuple[int, ...]  # of the teacher's map
-    depth_target: bytes  # 16-bit PNG [S, S]
-    inv_depth: bytes  # 16-bit PNG [H, W], the teacher's
+    depth_target: bytes  # packed map [S, S]
+    inv_depth: bytes  # packed map [H, W], the teacher's
     recorded_depth: bytes | None  # 16-bit PNG [H, W], millimetres, 0 = unknown
 
     def true_mask(self, turn: int) -> Bools:
@@ -67,9 +67,9 @@ class Blind:
         return counts.most_common(1)[0][0] if counts else ""
 
 
-def inv_depth(png: bytes) -> Floats:
+def inv_depth(packed: bytes) -> Floats:
     """Inverse depth [H, W] in [0, 1] of a stored map."""
-    return decode_depth16(png).astype(np.float64) / STEPS
+    return unpack_map(packed).astype(np.float64) / STEPS
 
 
 def resized(map_HW: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:

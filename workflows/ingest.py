@@ -33,13 +33,13 @@ from schemas.manifest import Licence
 from schemas.recipe import Recipe, RoomsSource, Source
 from schemas.tables import IMAGES, LISTING, Reason
 from workflows.commits import Table, table_digest
-from workflows.doubles import doubles
+from workflows.doubles import Doubles, doubles
 from workflows.drop import DropWorker
 from workflows.forgotten import forgotten_ids
 from workflows.listing import listed, reader
 from workflows.runtime import ahead, settings_digest
 from workflows.shards import Job, Reject, Run, ShardResult, Work, begin, finish, shards_of, stored_reject, work
-from workflows.store import open_root
+from workflows.store import DamagedTableError, open_root
 
 READERS = 4  # threads of one actor; reading and decoding release the interpreter
 
@@ -132,7 +132,7 @@ def _without_doubles(recipe: Recipe, runs: Sequence[Run]) -> Mapping[str, Any]:
     if all(extra.get("doubles_sought_in") == _state(recipe, runs) for extra in standing):
         return {key: standing[0][key] for key in ("doubles_sought_in", "shared")}
     held_out = {source.name for source in recipe.sources if source.held_out}
-    found = doubles({run.job.table: run.commits for run in runs}, held_out, recipe.ingest.contamination == "reject")
+    found = _doubles(runs, held_out, recipe.ingest.contamination == "reject")
     for run in runs:
         run.revise(found.drops.get(run.job.table.source, {}))
     work(recipe, runs, DropWorker, {}, pool=recipe.ingest.pool)
@@ -140,6 +140,16 @@ def _without_doubles(recipe: Recipe, runs: Sequence[Run]) -> Mapping[str, Any]:
         log.info("%d images of %s stand in %s as well", count, other, one)
     shared = [[one, other, count] for (one, other), count in sorted(found.shared.items())]
     return {"doubles_sought_in": _state(recipe, runs), "shared": shared}
+
+
+def _doubles(runs: Sequence[Run], held_out: set[str], reject_contamination: bool) -> Doubles:
+    """The doubles of all sources, also where another attempt takes them out, and old files away, at the same time."""
+    while True:
+        try:
+            return doubles({run.job.table: run.commits for run in runs}, held_out, reject_contamination)
+        except DamagedTableError:
+            if not any(run.refresh() for run in runs):
+                raise
 
 
 def _state(recipe: Recipe, runs: Sequence[Run]) -> str:
@@ -177,20 +187,31 @@ def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
     def refuse(reason: Reason, message: str) -> Reject:
         return Reject(reason, message, id=key, uri=found.uri)
 
-    count = max(len(record.boxes), len(record.masks))
-    if record.boxes and record.masks and len(record.boxes) != len(record.masks):
-        return refuse(Reason.BAD_RECORD, f"{len(record.boxes)} boxes but {len(record.masks)} masks: one per object")
+    parts = {"boxes": record.boxes, "masks": record.masks, "clicks": record.clicks}
+    counts = {name: len(part) for name, part in parts.items() if part}
+    if len(set(counts.values())) > 1:
+        return refuse(Reason.BAD_RECORD, f"{counts}: one per object, so all alike, or none")
+    count = max(counts.values(), default=0)
     for turn in record.turns:
         if any(not 0 <= i < count for i in turn.objects):
             return refuse(Reason.BAD_RECORD, f"turn '{turn.prompt}' names objects {turn.objects} of {count}")
     boxes = [[value * image.scale for value in box] for box in record.boxes]
     for box, (x0, y0, x1, y1) in zip(record.boxes, boxes, strict=True):
-        if not (0 <= x0 < x1 <= image.width + 0.5 and 0 <= y0 < y1 <= image.height + 0.5):
+        inside = 0 <= x0 < min(x1, image.width) and 0 <= y0 < min(y1, image.height)
+        if not (inside and x1 <= image.width + 0.5 and y1 <= image.height + 0.5):  # scaling rounds the image's sides
             return refuse(Reason.MASK_OUTSIDE_IMAGE, f"box {box} is empty or outside the upright image")
+    clicks = [(x * image.scale, y * image.scale) for x, y in record.clicks]
+    for click, (x, y) in zip(record.clicks, clicks, strict=True):
+        if not (0 <= x < image.width and 0 <= y < image.height):
+            return refuse(Reason.MASK_OUTSIDE_IMAGE, f"click {click} is outside the upright image")
     try:
         masks = [_fitted(mask, image) for mask in record.masks]
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         return refuse(Reason.BAD_MASK, str(error))
+    try:
+        recorded_depth = _fitted_depth(found.recorded_depth, image)
+    except ValueError as error:
+        return refuse(Reason.BAD_RECORD, f"recorded depth: {error}")
     return {
         "id": key,
         "uri": found.uri,
@@ -200,18 +221,15 @@ def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
         "turns": [turn.model_dump(mode="json") for turn in record.turns],
         "masks": masks,
         "boxes": [dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)) for box in boxes],
-        "recorded_depth": _fitted_depth(found.recorded_depth, image),
+        "clicks": [{"x": x, "y": y} for x, y in clicks],
+        "recorded_depth": recorded_depth,
     }
 
 
 def _fitted(mask: Rle, image: StoredImage) -> Rle:
     """The mask at the stored image's size. Raises ValueError for a mask of another image's size."""
+    _require_size("mask", (mask["height"], mask["width"]), image)  # before memory is taken for it
     mask_HW = rle_to_mask(mask)
-    expected = (round(image.height / image.scale), round(image.width / image.scale))
-    if any(abs(seen - side) > 1 / image.scale for seen, side in zip(mask_HW.shape, expected, strict=True)):
-        raise ValueError(
-            f"mask is {mask_HW.shape[0]} x {mask_HW.shape[1]}, the upright image {expected}: mend its size"
-        )
     if mask_HW.shape == (image.height, image.width):
         return mask
     size = (image.width, image.height)
@@ -220,11 +238,25 @@ def _fitted(mask: Rle, image: StoredImage) -> Rle:
 
 
 def _fitted_depth(depth: bytes | None, image: StoredImage) -> bytes | None:
-    """The recorded depth at the stored image's size; nearest, since a mean of near and far is neither."""
-    if depth is None or image.scale == 1.0:
+    """The recorded depth at the stored image's size; nearest, since a mean of near and far is neither.
+
+    Raises ValueError for anything but a 16-bit PNG of the image's size.
+    """
+    if depth is None:
+        return None
+    values_HW = decode_depth16(depth)
+    _require_size("map", values_HW.shape, image)
+    if values_HW.shape == (image.height, image.width):
         return depth
-    depth_HW = Image.fromarray(decode_depth16(depth))
-    return encode_depth16(np.asarray(depth_HW.resize((image.width, image.height), Image.Resampling.NEAREST)))
+    size = (image.width, image.height)
+    return encode_depth16(np.asarray(Image.fromarray(values_HW).resize(size, Image.Resampling.NEAREST)))
+
+
+def _require_size(what: str, seen: tuple[int, ...], image: StoredImage) -> None:
+    """Raises ValueError for another size than the upright original's."""
+    expected = (round(image.height / image.scale), round(image.width / image.scale))
+    if any(abs(side - wanted) > 1 / image.scale for side, wanted in zip(seen, expected, strict=True)):
+        raise ValueError(f"{what} is {seen[0]} x {seen[1]}, the upright image {expected}: mend its size")
 
 
 def _merged(kept: pa.Table, read: int, refused: Sequence[Reject], made: Mapping[int, Row | Reject]) -> ShardResult:

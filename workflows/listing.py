@@ -7,6 +7,7 @@ with its shard: files that come later get shards of their own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from perceptio.sources.record import Item, Reader, SourceError
 from schemas.manifest import Manifest, ShardCommit
 from schemas.recipe import Recipe, RoomsSource, Source, section_digest
 from schemas.tables import ID_DIGITS, LISTING, REJECTS
-from workflows.commits import Table, require_same
+from workflows.commits import Table, content_digest, require_same
 from workflows.rooms_source import RoomsReader
 from workflows.runtime import attempt_id, code_version
 from workflows.store import Root, StageError
@@ -87,13 +88,15 @@ def _filled(
 ) -> Manifest:
     """The manifest of a listing after these shards were added to those of `commits`."""
     attempt = attempt_id()
-    for shard, items in enumerate(shards, start=len(commits)):
+    free = (number for number in itertools.count() if number not in commits)  # a damaged shard may have been deleted
+    for items in shards:
+        shard = next(free)
         made = pa.Table.from_pylist(list(_rows(items)), schema=LISTING)
         commits[shard] = table.commit(shard, attempt, made, REJECTS.empty_table(), made.num_rows)
-        if commits[shard].attempt != attempt:
+        if commits[shard].content != content_digest(made):
             raise StageError(
-                f"{table}: shard {shard} was listed by attempt {commits[shard].attempt} at the same time: wait for"
-                " it, then run this again"
+                f"{table}: attempt {commits[shard].attempt} found other items for shard {shard} at the same time:"
+                " the source is changing; wait for that attempt, then run this again"
             )
     if not commits:
         raise StageError(f"source '{table.source}': it holds nothing that its format reads")

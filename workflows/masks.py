@@ -1,4 +1,4 @@
-"""Masks of every object: the record's own where it has them, else pseudo-masks that SAM2 draws from the boxes.
+"""Masks of every object: the record's own where it has them, else pseudo-masks that SAM2 draws from boxes or clicks.
 
     perceptio masks --recipe rooms
 
@@ -30,13 +30,13 @@ from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, 
 from workflows.store import open_root
 
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`
-COLUMNS = ["id", "uri", "image", "width", "height", "turns", "masks", "boxes"]
+COLUMNS = ["id", "uri", "image", "width", "height", "turns", "masks", "boxes", "clicks"]
 
 Row = dict[str, Any]
 
 
 class MaskWorker:
-    """Passes recorded masks through, and prompts the teacher with the boxes of the other images."""
+    """Passes recorded masks through, and prompts the teacher with the boxes, else the clicks, of the other images."""
 
     def __init__(self, teacher: str, min_predicted_iou: float, min_stability: float, threads: int) -> None:
         torch.set_num_threads(threads)  # other thread counts round differently
@@ -45,11 +45,12 @@ class MaskWorker:
 
     def process(self, work: Work) -> ShardResult:
         """One row or one reject per image; files are decoded while the model runs."""
-        return by_id(work, COLUMNS, self._masks)
+        return by_id(work, COLUMNS, self.drawn)
 
-    def _masks(self, table: pa.Table) -> ShardResult:
+    def drawn(self, table: pa.Table) -> ShardResult:
+        """One row or one reject per row of an images table."""
         images = table.to_pylist()
-        without = [row for row in images if not row["masks"] and row["boxes"]]
+        without = [row for row in images if not row["masks"] and (row["boxes"] or row["clicks"])]
         drawn = dict(self._drawn(without))
         rows = [self._judged(row, drawn[row["id"]]) if row["id"] in drawn else _recorded(row) for row in images]
         kept = [row for row in rows if not isinstance(row, Reject)]
@@ -64,7 +65,8 @@ class MaskWorker:
                 (box["x0"], box["y0"], min(box["x1"], row["width"]), min(box["y1"], row["height"]))
                 for box in row["boxes"]
             ]
-            yield row["id"], self.teacher(rgb_HW3, boxes)
+            clicks = [(click["x"], click["y"]) for click in row["clicks"]]
+            yield row["id"], self.teacher(rgb_HW3, boxes, [] if boxes else clicks)  # a box says more
 
     def _judged(self, row: Row, masks: list[PseudoMask]) -> Row | Reject:
         named = {i for turn in row["turns"] for i in turn["objects"]} or set(range(len(masks)))

@@ -48,7 +48,15 @@ class ShardProgress:
         now = time.monotonic()
         if not self.live and (now - self.said > LOG_EVERY_S or self.done == self.total):
             self.said = now
-            log.info("%s: %d of %d shards, %s, %.0f s left", self.stage, self.done, self.total, note, left)
+            log.info(
+                "%s: %d of %d shards, %s, %.0f s left",
+                self.stage,
+                self.done,
+                self.total,
+                note,
+                left,
+                extra={"stage": self.stage, "rows": self.rows, "rejected": self.rejected, "seconds_left": left},
+            )
 
 
 def summarise(manifests: Sequence[Manifest]) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from perceptio.sources.record import Found, Item, Point, Record, Refused, Turn
 
 from perceptio.data.images import encode_depth16, encode_png
 from perceptio.data.masks import masks_to_rle
 from perceptio.rooms.questions import ask
 from perceptio.rooms.render import render_room
 from perceptio.rooms.room import Question, Room
+from perceptio.sources.record import Found, Item, Point, Record, Refused, Turn
 from schemas.recipe import RoomsSource
 from schemas.tables import Reason
 

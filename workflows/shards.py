@@ -31,7 +31,7 @@ from workflows.commits import Table, require_same
 from workflows.planned import planned_and_actual, read_plan
 from workflows.progress import ShardProgress, summarise
 from workflows.runtime import attempt_id, code_version, start
-from workflows.store import StageError, open_root, write_manifest
+from workflows.store import DamagedTableError, StageError, open_root, write_manifest
 
 log = logging.getLogger(__name__)
 NOTHING: frozenset[Reason] = frozenset()
@@ -209,6 +209,14 @@ class Run:
         self.payloads, self.inputs = payloads, {shard: self.commits[shard].inputs for shard in payloads}
         self.pending = {shard: self._next(shard) for shard in payloads}
 
+    def refresh(self) -> bool:
+        """True if another attempt revised shards meanwhile: its markers are taken over."""
+        standing = self.job.table.committed()
+        newer = {i: standing[i] for i in self.commits if i in standing and standing[i] != self.commits[i]}
+        self.commits |= newer
+        self.lost += len(newer)
+        return bool(newer)
+
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the Ray Data job, one per pending shard; the manifest goes, for the table is about to change."""
         if self.pending and self.manifest is not None:
@@ -247,6 +255,12 @@ class Run:
         if self.lost:
             log.warning(
                 "%s: another attempt committed %d of these shards first: its rows stand, none of ours", table, self.lost
+            )
+        newer = [shard for shard, last in table.revisions().items() if self._next(shard) <= last]
+        if newer:
+            raise StageError(
+                f"{table}: shard {newer[0]} was revised by another command while this one ran: run `{table.stage}`"
+                " again when that one is done"
             )
         other = [shard for shard, inputs in job.shards.items() if self.commits[shard].inputs != inputs]
         if other:
@@ -319,8 +333,13 @@ def work(
     by_source = {run.job.table.source: run for run in runs}
     total = sum(len(run.inputs) for run in runs)
     place = {"uri": table.root.uri, "name": table.name, "attempt": attempt, "row_group_rows": row_group_rows}
+    # counted here and not by the actors: a shard that is done twice counts once
+    counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", ("stage", "source", "outcome"))
     with ShardProgress(table.stage, total, total - len(rows)) as progress:
         for source, commit, pace in _commits(rows, table.stage, worker, arguments, pool, place):
+            for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
+                if count:
+                    counted.inc(count, {"stage": table.stage, "source": source, "outcome": outcome})
             by_source[source].add(commit, pace, attempt)
             progress.add(commit)
 
@@ -407,8 +426,6 @@ class _ShardActor:
         self.root, self.name = open_root(uri), name
         self.worker = worker(**arguments)
         self.attempt, self.row_group_rows, self.actor = attempt, row_group_rows, secrets.token_hex(3)
-        tags = ("stage", "source", "outcome")
-        self.counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", tag_keys=tags)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         asked, began, busy = time.time(), time.monotonic(), time.process_time()
@@ -416,7 +433,13 @@ class _ShardActor:
         standing = table.find(int(row["shard"]))
         # Ray repeats a task whose process died: it may have committed before that
         if standing is None or standing.revision < row["revision"]:
-            standing = self._commit(table, row, standing)
+            try:
+                standing = self._commit(table, row, standing)
+            except DamagedTableError:
+                # another attempt that has this revision ends the table, and takes the revision before away
+                standing = table.find(int(row["shard"]))
+                if standing is None or standing.revision < row["revision"]:
+                    raise
         pace = Pace(
             rows=standing.read,
             seconds=round(time.monotonic() - began, 4),
@@ -435,7 +458,7 @@ class _ShardActor:
         result = self.worker.process(Work(table, over, shard, inputs, row["payload"], previous, retry))
         # a repeated task must not write over the files of its first try, so each try has a name of its own
         attempt = f"{self.attempt}-{secrets.token_hex(2)}"
-        commit = table.commit(
+        return table.commit(
             shard,
             attempt,
             result.table,
@@ -445,10 +468,6 @@ class _ShardActor:
             inputs=inputs,
             revision=revision,
         )
-        for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
-            if count:
-                self.counted.inc(count, {"stage": table.stage, "source": table.source, "outcome": outcome})
-        return commit
 
 
 def rejects_table(table: Table, shard: int, rejects: Sequence[Reject]) -> pa.Table:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from perceptio.data.store import StoreError, answer_of, filesystem, retried
+from perceptio.data.store import StoreError, answer_of, filesystem, retried, stood_already
 from schemas.manifest import MANIFEST_NAME, Manifest
 
 STORES = ("file", "local", "s3", "s3a")  # whose exclusive create is known to be atomic
@@ -131,14 +131,20 @@ class Root:
 
         def read() -> pa.Table:
             with self.fs.open(path, "rb") as stream:
-                return pq.read_table(stream, columns=list(names))
+                try:
+                    return pq.read_table(stream, columns=list(names))
+                except (pa.ArrowException, OSError) as error:
+                    # pyarrow says OSError for a damaged footer too, but without the system's number of an error
+                    plain = type(error) is OSError and error.errno is None and answer_of(error) is None
+                    if isinstance(error, OSError) and not plain:
+                        raise
+                    message = f"file {path} is no Parquet file ({error}): `verify` says what to do"
+                    raise DamagedTableError(message) from error
 
         try:
             return self._ask("reading", path, read)
         except FileNotFoundError as error:
-            raise DamagedTableError(f"file {path} is missing: restore it, or delete its marker and rerun") from error
-        except pa.ArrowException as error:
-            raise DamagedTableError(f"file {path} is no Parquet file ({error}): restore it, or rerun") from error
+            raise DamagedTableError(f"file {path} is missing: `verify` says what to do") from error
 
     def size_and_age(self, path: str, now: float) -> tuple[int, float]:
         """Bytes of a file under the root, and seconds since it was written."""
@@ -161,7 +167,10 @@ class Root:
         try:
             return None if data is None else Manifest.model_validate_json(data)
         except ValidationError as error:
-            raise DamagedTableError(f"{self.at(*folder, MANIFEST_NAME)} cannot be read: {error}") from error
+            raise DamagedTableError(
+                f"{self.at(*folder, MANIFEST_NAME)} cannot be read: {error}; restore it, or delete it and run its stage"
+                " again"
+            ) from error
 
     def _create(self, data: bytes, path: str) -> bool:
         """True if this very try made the file; False if it stood, be it from a try of ours whose answer was lost."""
@@ -174,12 +183,8 @@ class Root:
                     draft.unlink()
             else:
                 self._ask("creating", path, lambda: self.fs.pipe_file(path, data, mode="create"))
-        except FileExistsError:
-            return False
         except OSError as error:
-            answer = answer_of(error)
-            # stores that do not name the condition that failed: s3fs cannot tell which one it was
-            if answer is None or answer.response["Error"].get("Code") not in ("PreconditionFailed", "412"):
+            if not stood_already(error):
                 raise
             return False
         return True
@@ -199,11 +204,6 @@ class Root:
             return retried(call, what)
         except StoreError as error:
             raise StageError(str(error)) from error
-        except FileNotFoundError as error:
-            answer = answer_of(error)
-            if answer is not None and answer.response["Error"].get("Code") == "NoSuchBucket":
-                raise StageError(f"{what}: there is no such bucket: make it, or choose another root") from error
-            raise
         except PermissionError as error:
             raise StageError(f"{what}: refused ({error}): give these keys the right to do so, or use others") from error
 

@@ -34,7 +34,7 @@ from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
 from schemas.recipe import Recipe, section_digest
 from workflows import runtime
 from workflows.commits import Table, require_same
-from workflows.folders import local_copy, publish, require
+from workflows.folders import local_copy, publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import TrainLog, watched
 
@@ -69,7 +69,7 @@ def run(recipe: Recipe) -> None:
         torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name=name,
-            storage_path=root.at("runs") if root.uri == root.path or "file" in root.fs.protocol else f"{root.uri}/runs",
+            **run_storage(root),
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
         ),

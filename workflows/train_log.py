@@ -29,7 +29,6 @@ class TrainLog:
 
     def __init__(self, root: Root, run: str, first_step: int) -> None:
         self.root, self.place = root, ("runs", run, METRICS_NAME)
-        self.root.fs.makedirs(root.at("runs", run), exist_ok=True)
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
         self.began, self.next_write = time.monotonic(), 0.0
 

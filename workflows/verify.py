@@ -24,10 +24,10 @@ import pyarrow as pa
 import ray.data
 from ray.exceptions import RayError
 
-from schemas.manifest import Manifest, ShardCommit
+from schemas.manifest import MANIFEST_NAME, Manifest, ShardCommit
 from schemas.recipe import Recipe
 from schemas.tables import TABLES
-from workflows.commits import Table, content_digest, table_digest
+from workflows.commits import STAGE_OF, Table, content_digest, table_digest
 from workflows.forgotten import requests
 from workflows.runtime import start
 from workflows.store import DamagedTableError, Root, StageError, open_root
@@ -76,34 +76,52 @@ def problems_of(table: Table) -> list[str]:
 
 def _open(table: Table) -> tuple[dict[int, ShardCommit], list[str]]:
     """The table's markers, and what is wrong with them or with the manifest."""
+    commits: dict[int, ShardCommit] = {}
     try:
-        commits, manifest = table.committed(), table.manifest()
+        commits, manifest, planned = table.committed(), table.manifest(), table.planned()
     except DamagedTableError as error:
-        return {}, [str(error)]
+        return commits, [str(error).removeprefix(f"{table}: ")]
     if manifest is None:
         return commits, [f"no manifest, {len(commits)} shards committed: run `{table.stage}` to finish it"]
-    return commits, [*_against_manifest(manifest, commits), *_chain_problems(table, manifest)]
+    found = [*_against_markers(table, manifest, commits), *_chain_problems(table, manifest)]
+    if planned is not None and planned != manifest.inputs:
+        found.append(
+            f"the manifest says made from {manifest.inputs}, _commits/plan.json {planned}: restore one of them"
+        )
+    return commits, found
 
 
-def _against_manifest(manifest: Manifest, commits: Mapping[int, ShardCommit]) -> Iterator[str]:
+def _against_markers(table: Table, manifest: Manifest, commits: Mapping[int, ShardCommit]) -> Iterator[str]:
     listed = {commit.shard: commit for commit in manifest.shards}
     for shard in sorted({*listed, *commits}):
-        if listed.get(shard) != commits.get(shard):
-            sides = ["nothing" if side is None else side.attempt for side in (listed.get(shard), commits.get(shard))]
-            yield f"shard {shard}: the manifest lists {sides[0]}, its marker says {sides[1]}"
+        one, other = listed.get(shard), commits.get(shard)
+        if one is None or other is None:
+            sides = ["nothing" if side is None else side.attempt for side in (one, other)]
+            yield f"shard {shard}: the manifest lists {sides[0]}, its marker says {sides[1]}: {table.remedy(shard)}"
+        elif one != other:
+            fields = {name: (getattr(one, name), getattr(other, name)) for name in type(one).model_fields}
+            differ = "; ".join(f"{name} {a}, its marker {b}" for name, (a, b) in fields.items() if a != b)
+            yield f"shard {shard}: the manifest says {differ}: {table.remedy(shard)}"
+    remedy = f"restore it, or delete {table}/{MANIFEST_NAME} and run `{table.stage}` again"
+    if (manifest.stage, manifest.source) != (table.stage, table.source):
+        yield f"the manifest is that of stage {manifest.stage}, source {manifest.source}: {remedy}"
     sums = [sum(getattr(commit, name) for commit in listed.values()) for name in ("read", "kept", "rejected")]
     if sums != [manifest.read, manifest.kept, manifest.rejected]:
-        yield f"the manifest says {manifest.read, manifest.kept, manifest.rejected} rows, its shards sum to {sums}"
+        said = manifest.read, manifest.kept, manifest.rejected
+        yield f"the manifest says {said} rows, its shards sum to {sums}: {remedy}"
     if table_digest(manifest.shards) != manifest.digest:
-        yield f"the manifest's digest {manifest.digest[:16]} is not that of its shards"
+        yield f"the manifest's digest {manifest.digest[:16]} is not that of its shards: {remedy}"
 
 
 def _chain_problems(table: Table, manifest: Manifest) -> Iterator[str]:
     """Inputs that are no longer what this table was made from."""
     for kind in sorted({kind for commit in manifest.shards for kind in commit.inputs}):
-        standing = table.root.manifest(kind, table.source)
+        try:
+            standing = table.root.manifest(kind, table.source)
+        except DamagedTableError:
+            continue  # the input's own check names it
         if standing is None:
-            yield f"its input {posixpath.join(kind, table.source)} has no manifest"
+            yield f"its input {posixpath.join(kind, table.source)} has no manifest: run `{STAGE_OF[kind]}`"
             continue
         contents = {commit.shard: commit.content for commit in standing.shards}
         stale = [c.shard for c in manifest.shards if c.inputs.get(kind, "") != contents.get(c.shard)]
@@ -113,7 +131,7 @@ def _chain_problems(table: Table, manifest: Manifest) -> Iterator[str]:
                 f" than stands now: run `{table.stage}` again"
             )
         missing = sorted(set(contents) - {commit.shard for commit in manifest.shards})
-        if missing:
+        if missing and manifest.extra.get("maps") != "sample":  # such a depth table holds a part on purpose
             yield f"{len(missing)} shards, first {missing[0]}, of its input {kind} are not in it: run `{table.stage}`"
     yield from _codebook_problems(table.root, manifest)
 
@@ -121,9 +139,13 @@ def _chain_problems(table: Table, manifest: Manifest) -> Iterator[str]:
 def _codebook_problems(root: Root, manifest: Manifest) -> Iterator[str]:
     if "codebook" not in manifest.inputs:
         return
-    standing = root.manifest("codebook")
+    try:
+        standing = root.manifest("codebook")
+    except DamagedTableError as error:
+        yield f"{error}: restore it, or run `codebook` again"
+        return
     if standing is None:
-        yield "its input codebook has no manifest"
+        yield "its input codebook has no manifest: run `codebook`"
     elif standing.digest != manifest.inputs["codebook"]:
         yield (
             f"made with codebook {manifest.inputs['codebook'][:16]}, which is now {standing.digest[:16]}: delete this"
@@ -187,9 +209,10 @@ def check(table: Table, commit: ShardCommit) -> Checked:
         rows, rejects = table.rows_of(commit), table.rejects_of(commit)
     except (DamagedTableError, pa.ArrowException) as error:
         return Checked([str(error).removeprefix(f"{table}: ")], NO_IDS)
-    problems = [*_count_problems(commit, rows, rejects), *_content_problems(table, commit, rows)]
+    wrong = [*_count_problems(commit, rows, rejects), *_content_problems(table, commit, rows)]
     ids: list[str] = rows["id"].to_pylist()
-    problems += _id_problems(table, commit, ids, rejects)
+    wrong += [*_id_problems(table, commit, ids, rejects), *_listing_problems(table, commit)]
+    problems = [f"{text}: {table.remedy(commit.shard)}" for text in wrong]
     if table.name == "listing":  # the same file may be listed twice: `ingest` keeps one
         return Checked(problems, NO_IDS)
     return Checked(problems, np.array([int(key, 16) for key in ids], np.uint64))
@@ -228,21 +251,39 @@ def _id_problems(table: Table, commit: ShardCommit, ids: list[str], rejects: pa.
     if doubled:
         yield f"shard {commit.shard}: {len(doubled)} ids stand twice, e.g. {doubled[0]}"
     over = next((kind for kind in MADE_OF.get(table.name, ()) if kind in commit.inputs), None)
-    if over is None:
+    source = None if over is None else Table(table.root, over, table.source)
+    found = None if source is None else _column(source, commit, "id")
+    if found is None:
         return
-    source = Table(table.root, over, table.source)
-    try:
-        made_from = source.find(commit.shard)
-        known = set() if made_from is None else set(source.ids_of(made_from))
-    except (DamagedTableError, OSError, pa.ArrowException):
-        return  # the input's own check names what is wrong with it
-    if made_from is None or made_from.content != commit.inputs[over]:
-        return  # the chain's check names it
+    known = set(found)
     here = {*ids, *rejects["id"].to_pylist()}
     if lost := sorted(known - here):
         yield f"shard {commit.shard}: {len(lost)} ids of {source} are neither kept nor refused, e.g. {lost[0]}"
     if strange := sorted(here - known):
         yield f"shard {commit.shard}: {len(strange)} ids are not in {source}, e.g. {strange[0]}"
+
+
+def _listing_problems(table: Table, commit: ShardCommit) -> Iterator[str]:
+    """Rows that were listed and not read, where the listing says how many an item has."""
+    if table.name != "images" or "listing" not in commit.inputs:
+        return
+    rows = _column(Table(table.root, "listing", table.source), commit, "rows")
+    if rows is not None and all(rows) and sum(rows) != commit.read:
+        yield f"shard {commit.shard}: {commit.read} rows were read, {sum(rows)} are listed"
+
+
+def _column(source: Table, commit: ShardCommit, name: str) -> list[Any] | None:
+    """A column of the shard that a shard was made from; None where that is damaged or changed, which is named there."""
+    try:
+        made_from = source.find(commit.shard)
+        if made_from is None or made_from.content != commit.inputs[source.name]:
+            return None
+        if made_from.data is None:
+            return []
+        column = source.root.columns([name], source.name, source.source, made_from.data.path)
+    except DamagedTableError:
+        return None
+    return list(column[name].to_pylist())
 
 
 def _of_table(table: Table, commits: Mapping[int, ShardCommit], shards: Mapping[int, Checked]) -> Iterator[str]:
@@ -255,6 +296,10 @@ def _of_table(table: Table, commits: Mapping[int, ShardCommit], shards: Mapping[
     keys, numbers = keys[order], numbers[order]
     for i in np.flatnonzero(keys[1:] == keys[:-1]):
         if numbers[i] != numbers[i + 1]:
-            yield f"id {int(keys[i]):016x} stands in shards {numbers[i]} and {numbers[i + 1]}"
+            where = f"shards {numbers[i]} and {numbers[i + 1]}"
+            yield f"id {int(keys[i]):016x} stands in {where}: of the second {table.remedy(int(numbers[i + 1]))}"
     for path in table.unnamed(commits):
-        yield f"{path}: no marker names this file: a copy, or left by a killed attempt; see `perceptio clean`"
+        yield (
+            f"{path}: no marker names this file: a copy, or left by a killed attempt: delete it; `perceptio clean`"
+            " shows what lost attempts left"
+        )

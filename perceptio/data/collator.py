@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceptio.data.images import ImageLimits, decode, decode_depth16
+from perceptio.data.images import ImageLimits, decode
+from perceptio.data.maps import unpack_map
 from perceptio.data.masks import rle_to_mask
 from perceptio.data.template import Dialogue
 
@@ -126,8 +127,8 @@ def collate(
     )
 
 
-def _inv_depth(png: bytes) -> npt.NDArray[np.float32]:
-    return decode_depth16(png).astype(np.float32) / np.float32(65535)
+def _inv_depth(packed: bytes) -> npt.NDArray[np.float32]:
+    return unpack_map(packed).astype(np.float32) / np.float32(65535)
 
 
 def _padded(items: Sequence[Item], pad: int, max_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

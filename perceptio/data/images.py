@@ -100,10 +100,13 @@ def encode_depth16(values_HW: npt.NDArray[np.uint16]) -> bytes:
 
 def decode_depth16(data: bytes) -> npt.NDArray[np.uint16]:
     """The values (H, W) of a 16-bit grey PNG. Raises ValueError for any other image."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if image.mode not in ("I;16", "I"):
-            raise ValueError(f"depth map is a PNG of mode '{image.mode}', expected 16-bit grey")
-        return np.asarray(image).astype(np.uint16)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.mode not in ("I;16", "I"):
+                raise ValueError(f"depth map is a PNG of mode '{image.mode}', expected 16-bit grey")
+            return np.asarray(image).astype(np.uint16)
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise ValueError(f"the depth map cannot be read: {error}") from error
 
 
 def _opened(data: bytes, limits: ImageLimits) -> Image.Image:

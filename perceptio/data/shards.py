@@ -15,10 +15,10 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from perceptio.data.store import filesystem, passes, read_bytes, retried
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from schemas.tables import SAMPLES
 
@@ -49,7 +49,7 @@ class SampleTable:
     def __init__(self, root: str, manifest: Manifest, *, cached: int = 8, threads: int = 2) -> None:
         if cached < 1:
             raise ValueError(f"cached: got {cached} row groups, expected at least 1")
-        self._fs, path = fsspec.core.url_to_fs(root)
+        self._fs, path = filesystem(root)
         self._folder = posixpath.join(path, "samples", manifest.source)
         self.manifest, self.cached = manifest, cached
         self.bytes_read = 0  # from the store: footers and row groups
@@ -68,10 +68,10 @@ class SampleTable:
     @classmethod
     def open(cls, root: str, source: str, *, cached: int = 8, threads: int = 2) -> SampleTable:
         """The finished table of a source; raises ShardError where it has no manifest yet."""
-        fs, path = fsspec.core.url_to_fs(root)
+        fs, path = filesystem(root)
         file = posixpath.join(path, "samples", source, MANIFEST_NAME)
         try:
-            text = fs.cat_file(file)
+            text = read_bytes(fs, file)
         except FileNotFoundError:
             raise ShardError(f"{file} does not exist, so the table is not finished: run `assemble` first") from None
         return cls(root, Manifest.model_validate_json(text), cached=cached, threads=threads)
@@ -123,12 +123,17 @@ class SampleTable:
             return future
 
     def _read(self, group: RowGroup) -> pa.Table:
+        return retried(lambda: self._read_once(group), f"reading {group.file}")
+
+    def _read_once(self, group: RowGroup) -> pa.Table:
         footer = self._footers[group.file]
         with _Counted(self._fs.open(group.file, "rb", cache_type="none")) as stream:
             try:
                 # one read for all columns: the store is asked once a row group
                 return pq.ParquetFile(stream, metadata=footer, pre_buffer=True).read_row_group(group.index)
             except (pa.ArrowException, OSError) as error:
+                if passes(error):
+                    raise
                 raise ShardError(
                     f"{group.file}: row group {group.index} of {group.rows} rows cannot be read ({error}): the file "
                     "was changed or cut off; `perceptio verify` names all such files"
@@ -138,10 +143,15 @@ class SampleTable:
 
     def _row_groups_of(self, entry: FileEntry) -> list[RowGroup]:
         file = posixpath.join(self._folder, entry.path)
-        try:
+
+        def read() -> pq.FileMetaData:
             with _Counted(self._fs.open(file, "rb", cache_type="none")) as stream:
                 footer = pq.read_metadata(stream)
                 self._count(stream)
+            return footer
+
+        try:
+            footer = retried(read, f"reading {file}")
         except FileNotFoundError:
             raise ShardError(f"{file} is missing, the manifest names it with {entry.rows} rows: restore it") from None
         except pa.ArrowException as error:

@@ -34,7 +34,8 @@ from tenacity import (
     retry_if_exception,
     stop_after_attempt,
     stop_after_delay,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 S3 = ("s3", "s3a")
@@ -49,6 +50,15 @@ GIVE_UP_SECONDS = 300  # no further attempt is begun after that
 # answers below 500 that pass by themselves; NoSuchUpload follows a lost answer to the end of an upload in parts
 PASSING_STATUSES = (408, 409, 425, 429)
 PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload")
+# answers that s3fs makes look as if just this file were missing or forbidden
+SET_UP_CODES = (
+    "NoSuchBucket",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+)
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -77,12 +87,12 @@ def retried(call: Callable[[], Found], doing: str) -> Found:
     """What `call` returns, tried up to ATTEMPTS times where the error may pass. It must be safe to repeat.
 
     `doing` is for messages: "reading s3://bucket/file". Other errors are raised at once, as they are; StoreError
-    where no attempt helped, or where the client is not set up.
+    where no attempt helped, or where keys, clock or bucket are wrong, so that no file could be had.
     """
     retrying = Retrying(
         retry=retry_if_exception(passes),
         stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(GIVE_UP_SECONDS),
-        wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+        wait=wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT),
         before_sleep=lambda state: log.info("%s: %s, attempt %d", doing, _failure(state), state.attempt_number),
     )
     try:
@@ -93,10 +103,13 @@ def retried(call: Callable[[], Found], doing: str) -> Found:
             f"{doing}: the store failed {last.attempt_number} times in a row, last with {_named(last.exception())}:"
             " see that it is up and can be reached from here (for S3, AWS_ENDPOINT_URL), then run it again"
         ) from last.exception()
-    except BotoCoreError as error:
+    except (BotoCoreError, OSError) as error:
+        answer = answer_of(error)
+        if isinstance(error, OSError) and (answer is None or _code(answer) not in SET_UP_CODES):
+            raise
         raise StoreError(
-            f"{doing}: {_named(error)}: set the store's keys and region (for S3, AWS_ACCESS_KEY_ID,"
-            " AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION) where the workers run"
+            f"{doing}: {_named(answer or error)}: see that the bucket exists and that keys, region and clock are right"
+            " where the workers run (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION)"
         ) from error
 
 
@@ -107,8 +120,7 @@ def passes(error: BaseException) -> bool:
     answer = answer_of(error)
     if answer is not None:
         status = int(answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        code = answer.response.get("Error", {}).get("Code")
-        return status >= 500 or status in PASSING_STATUSES or code in PASSING_CODES
+        return status >= 500 or status in PASSING_STATUSES or _code(answer) in PASSING_CODES
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status >= 500 or error.status in PASSING_STATUSES
     lost = (aiohttp.ClientError, HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError)
@@ -116,9 +128,19 @@ def passes(error: BaseException) -> bool:
     return isinstance(error, (*lost, *spoilt, CredentialRetrievalError))
 
 
+def stood_already(error: BaseException) -> bool:
+    """True where a store refused to create a file because there is one, whether or not s3fs could tell."""
+    answer = answer_of(error)
+    return isinstance(error, FileExistsError) or (answer is not None and _code(answer) in ("PreconditionFailed", "412"))
+
+
 def answer_of(error: BaseException) -> ClientError | None:
     """S3's own answer behind an error that s3fs made of it, None for an error of another kind."""
     return next((cause for cause in _causes(error) if isinstance(cause, ClientError)), None)
+
+
+def _code(answer: ClientError) -> str:
+    return str(answer.response.get("Error", {}).get("Code"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

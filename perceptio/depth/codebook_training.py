@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,11 @@ WARM_UP = 0.2  # share of the steps without quantizing: k-means on an untrained 
 RAMP = 20  # steps in which the learning rate rises
 MEASURES = 6  # times that the held-out error is taken; the best weights are kept
 STEPS16 = 65535  # inv_depth 1.0 in 16 bits
+
+# Of DistributedDataParallel. No broadcast of buffers: the quantizer shares its statistics itself, and a difference must
+# show. Without find_unused_parameters gradients are regrouped after the first step, and three ranks or more then add
+# them in another order: a resumed training would end elsewhere.
+PARALLEL: dict[str, Any] = {"broadcast_buffers": False, "find_unused_parameters": True}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shape legend: B batch, H, W image height and width in pixels, 3 the red, green a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 from schemas.tables import Reason
 
 Kind = Literal["relative", "metric"]
+# what the models predict whose config has no depth_estimation_type
+KINDS: dict[str, Kind] = {"dpt": "relative", "glpn": "metric", "zoedepth": "metric"}
 STEPS = 65535  # inv_depth 1.0 in 16 bits
 FLAT = 1e-5  # a map whose range is below this share of its largest value says nothing
 
@@ -42,8 +45,55 @@ class TeacherMap:
     raw_max: float  # raw inverse depth where inv_depth is 65535
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """One image as the model takes it; images of one `shape` can share a batch."""
+
+    pixels_13HW: torch.Tensor
+    size: tuple[int, int]  # height and width of the image itself
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the model's input."""
+        return tuple(self.pixels_13HW.shape)
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """What a teacher is, told from its files alone."""
+
+    folder: Path
+    kind: Kind
+    digest: str  # of weights and configs
+    licence: str  # an SPDX identifier where the model card names one, else "unknown"
+
+    @classmethod
+    def read(cls, source: str | Path, kind: Kind | None = None) -> TeacherCard:
+        """The card of a folder, or of a hub repository, which is fetched (safetensors only).
+
+        `kind` says what the model predicts where its config does not. Raises ValueError when nothing says it,
+        FileNotFoundError when a folder lacks its files.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "README.md"]))
+        digest = folder_digest(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = kind or config.get("depth_estimation_type") or KINDS.get(config.get("model_type"))
+        if found not in ("relative", "metric"):
+            raise ValueError(
+                f"{source}: config.json has model_type {config.get('model_type')!r}, depth_estimation_type {found!r};"
+                f" expected 'relative' (inverse depth) or 'metric' (metres), or a model_type of {sorted(KINDS)}"
+            )
+        return cls(folder, found, digest, _licence(folder))
+
+
 class DepthTeacher:
-    """A frozen monocular depth model behind one call: images in, `TeacherMap`s out."""
+    """A frozen monocular depth model: images in, `TeacherMap`s out.
+
+    In one call, or in three steps, so that the first and the last can run in threads beside the model: `prepare` an
+    image, `predict` a batch of one shape, scale each raw map with `scaled_map`.
+    """
 
     def __init__(self, model: Any, processor: Any, kind: Kind, digest: str, licence: str) -> None:
         self.model = model
@@ -61,63 +111,60 @@ class DepthTeacher:
         dtype: torch.dtype = torch.float32,
         kind: Kind | None = None,
     ) -> DepthTeacher:
-        """The teacher in a folder, or in a hub repository (safetensors only).
+        """The teacher in a folder, or in a hub repository (safetensors only). Raises as `TeacherCard.read` does."""
+        card = TeacherCard.read(source, kind)
+        processor = AutoImageProcessor.from_pretrained(card.folder)  # type: ignore[no-untyped-call]
+        model = AutoModelForDepthEstimation.from_pretrained(card.folder, dtype=dtype, use_safetensors=True)
+        return cls(model.to(device).eval(), processor, card.kind, card.digest, card.licence)
 
-        `kind` says what the model predicts where its config does not: "relative" inverse depth or "metric" depth.
-        Raises ValueError when neither says it, FileNotFoundError when a folder lacks its files.
-        """
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "README.md"]))
-        digest = folder_digest(folder)
-        processor = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
-        model = AutoModelForDepthEstimation.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        kind = kind or getattr(model.config, "depth_estimation_type", None)
-        if kind not in ("relative", "metric"):
-            raise ValueError(
-                f"{source}: depth_estimation_type is {kind!r} in config.json, expected 'relative' (inverse depth) or "
-                "'metric' (depth in metres); pass kind= for a model whose config does not say it"
-            )
-        return cls(model.to(device).eval(), processor, kind, digest, _licence(folder))
-
-    @torch.inference_mode()
     def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[TeacherMap | DepthError]:
         """One map per image, at the image's own size; a `DepthError` in the slot of an image that has none.
 
-        images: rgb_HW3 each, any mix of sizes. Preprocessing and the bicubic resize back are the model's own, so a
-        relative map equals that of transformers' depth-estimation pipeline. Metric depth is turned into 1/z before
-        the resize, where every z is still as the model said.
+        images: rgb_HW3 each, any mix of sizes; those of one shape after preprocessing share a batch.
         """
         maps: dict[int, TeacherMap | DepthError] = {}
-        by_shape: dict[tuple[int, ...], dict[int, torch.Tensor]] = defaultdict(dict)
+        by_shape: dict[tuple[int, ...], dict[int, Prepared]] = defaultdict(dict)
         for index, image in enumerate(images):
             try:
-                pixels_13HW = self._preprocess(image)
+                prepared = self.prepare(image)
             except DepthError as error:
                 maps[index] = error
             else:
-                by_shape[tuple(pixels_13HW.shape)][index] = pixels_13HW
+                by_shape[prepared.shape][index] = prepared
         for indexed in by_shape.values():
-            batch_B3HW = torch.cat(list(indexed.values())).to(self.model.device, self.model.dtype)
-            outputs = self.model(pixel_values=batch_B3HW)
-            raw_BHW = outputs.predicted_depth.float()
-            outputs.predicted_depth = raw_BHW.reciprocal() if self.kind == "metric" else raw_BHW
-            sizes = [images[i].shape[:2] for i in indexed]
-            resized = self.processor.post_process_depth_estimation(outputs, sizes)
-            for index, size, result in zip(indexed, sizes, resized, strict=True):
-                # the reference post-processing squeezes a side of one pixel away
-                maps[index] = _slot(result["predicted_depth"].reshape(size).cpu().numpy())
+            for index, raw_HW in zip(indexed, self.predict(list(indexed.values())), strict=True):
+                maps[index] = _slot(raw_HW)
         return [maps[i] for i in range(len(images))]
 
-    def _preprocess(self, rgb_HW3: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """The model's input (1, 3, H, W); DepthError where a side would shrink to nothing, as the processor finds."""
+    def prepare(self, rgb_HW3: npt.NDArray[np.uint8]) -> Prepared:
+        """The model's input by its own preprocessing; threads may share it.
+
+        Raises DepthError where a side would shrink to nothing, as the processor finds.
+        """
+        height, width = rgb_HW3.shape[:2]
         try:
             inputs = self.processor(images=rgb_HW3, input_data_format="channels_last", return_tensors="pt")
         except ValueError as error:
-            height, width = rgb_HW3.shape[:2]
             message = f"the image is {width} x {height} pixels, which the teacher cannot take: {error}"
             raise DepthError(Reason.TOO_SMALL, message) from error
-        return torch.as_tensor(inputs["pixel_values"])
+        return Prepared(torch.as_tensor(inputs["pixel_values"]), (height, width))
+
+    @torch.inference_mode()
+    def predict(self, batch: Sequence[Prepared]) -> list[npt.NDArray[np.float32]]:
+        """Raw inverse depth (H, W) of each image of a batch of one shape, at the image's own size; larger = closer.
+
+        The resize back is the model's own post-processing, so a relative map equals that of transformers'
+        depth-estimation pipeline. Metric depth is turned into 1/z before the resize, where every z is still as the
+        model said: the resize rings at edges, and the pipeline's z can come close to 0 there, or below.
+        """
+        batch_B3HW = torch.cat([each.pixels_13HW for each in batch]).to(self.model.device, self.model.dtype)
+        outputs = self.model(pixel_values=batch_B3HW)
+        raw_BHW = outputs.predicted_depth.float()
+        outputs.predicted_depth = raw_BHW.reciprocal() if self.kind == "metric" else raw_BHW
+        results = self.processor.post_process_depth_estimation(outputs, [each.size for each in batch])
+        # the reference post-processing squeezes a side of one pixel away
+        found = [(each.size, result["predicted_depth"]) for each, result in zip(batch, results, strict=True)]
+        return [raw_HW.reshape(size).cpu().numpy() for size, raw_HW in found]
 
 
 def inv_depth_from_metric(depth_HW: npt.NDArray[Any]) -> TeacherMap:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import posixpath
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from perceptio.data.store import filesystem, read_bytes, retried
 from perceptio.sources.record import (
     Found,
     Item,
@@ -28,9 +31,11 @@ from schemas.tables import Reason
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 STORES = ("file", "local", "s3", "s3a")
+PIECE = 2**23  # bytes that are asked for at once
 LONGEST_NAME = 1024  # bytes of a key on S3
 READS = 2  # of a file that came shorter than it was listed
 ABSENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # no disk has a file of such a name
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,60 @@ class Place:
     def size(self) -> int | None:
         """Bytes of a file; None where there is no file. Raises OSError where the store fails."""
         try:
-            info = self.fs.info(self.path)
-        except ABSENT:
+            info = retried(lambda: self.fs.info(self.path), f"looking at {self.uri}")
+        except OSError as error:
+            if not isinstance(error, ABSENT) and error.errno not in NO_NAME:
+                raise
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
+    def opened(self) -> io.BufferedReader:
+        """The file as a stream, read from front to back. Raises OSError, also where it is missing."""
+        return io.BufferedReader(self.opened_at_random("readahead"), PIECE)
+
+    def opened_at_random(self, cache: str = "none") -> StoredStream:
+        """The file as a stream that reads no more than it is asked for."""
+        options = {} if self.local else {"block_size": PIECE, "cache_type": cache}
+        opening = partial(self.fs.open, self.path, "rb", **options)
+        return StoredStream(retried(opening, f"opening {self.uri}"), self.uri)
+
     def is_folder(self) -> bool:
-        return bool(self.fs.isdir(self.path))
+        return bool(retried(lambda: self.fs.isdir(self.path), f"looking at {self.uri}"))
+
+
+class StoredStream(io.RawIOBase):
+    """A file in a store, whose reads are tried again. What the store raises in the end is an OSError."""
+
+    def __init__(self, stream: Any, uri: str) -> None:
+        self.stream, self.uri = stream, uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.stream.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.stream.tell()
+
+        def read() -> bytes:
+            self.stream.seek(start)
+            data: bytes = self.stream.read(len(buffer))
+            return data
+
+        data = retried(read, f"reading {self.uri}")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
 
 
 def place_of(path: str, field: str) -> Place:
@@ -74,7 +126,7 @@ def place_of(path: str, field: str) -> Place:
     protocol = fsspec.core.split_protocol(path)[0] or "file"
     if protocol not in STORES or "::" in path:
         raise SourceError(f"{field} '{path}' is on '{protocol}', expected a local path or an s3:// address")
-    fs, inner = fsspec.core.url_to_fs(path)
+    fs, inner = filesystem(path)
     return Place(fs, inner)
 
 
@@ -116,8 +168,9 @@ def _walk_s3(place: Place) -> Iterator[tuple[str, int]]:
     bucket, key, _ = place.fs.split_path(place.path)
     prefix = f"{key.rstrip('/')}/" if key else ""
     more: dict[str, str] = {}
+    listing = f"listing {place.uri}"
     while True:
-        page = place.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        page = retried(partial(place.fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, **more), listing)
         for entry in page.get("Contents", ()):
             if not entry["Key"].endswith("/"):
                 yield entry["Key"].removeprefix(prefix), int(entry["Size"])
@@ -160,13 +213,13 @@ def _bytes(place: Place) -> bytes:
     try:
         if place.local and not stat.S_ISREG(Path(place.path).stat().st_mode):
             raise RowError(Reason.MISSING_FILE, f"'{place.uri}' is no regular file")
-        data: bytes = place.fs.cat_file(place.path)
+        data = read_bytes(place.fs, place.path)
     except PermissionError as error:
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' may not be read: give read permission") from error
     except ABSENT as error:
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' is not there: it was moved, or never copied") from error
     except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        if error.errno not in NO_NAME:
             raise
         raise RowError(Reason.MISSING_FILE, f"'{place.uri}' cannot be a file: {error.strerror}") from error
     return data

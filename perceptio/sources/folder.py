@@ -62,7 +62,7 @@ def _records(place: Place) -> tuple[dict[str, tuple[int, str]], list[tuple[int, 
     strays: list[tuple[int, Item]] = []
     if place.size() is None:
         return records, strays
-    with place.fs.open(place.path, "rb") as lines:
+    with place.opened() as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

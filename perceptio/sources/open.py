@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
+from perceptio.sources.address_list import ListReader
 from perceptio.sources.coco import CocoReader
 from perceptio.sources.folder import FolderReader
+from perceptio.sources.llava import LlavaReader
+from perceptio.sources.parquet import ParquetReader
 from perceptio.sources.record import Reader
 from perceptio.sources.refcoco import RefcocoReader
-from schemas.sources import CocoSource, FileSource, FolderSource, RefcocoSource
+from perceptio.sources.rgbd import RgbdReader
+from perceptio.sources.webdataset import WebDatasetReader
+from schemas.sources import (
+    CocoSource,
+    FileSource,
+    FolderSource,
+    ListSource,
+    LlavaSource,
+    ParquetSource,
+    RefcocoSource,
+    RgbdSource,
+    WebDatasetSource,
+)
 
 
 def reader_of(source: FileSource) -> Reader:
@@ -18,5 +35,14 @@ def reader_of(source: FileSource) -> Reader:
             return RefcocoReader(source)
         case CocoSource():
             return CocoReader(source)
-        case _:
-            raise NotImplementedError(source.format)
+        case LlavaSource():
+            return LlavaReader(source)
+        case ParquetSource():
+            return ParquetReader(source)
+        case RgbdSource():
+            return RgbdReader(source)
+        case WebDatasetSource():
+            return WebDatasetReader(source)
+        case ListSource():
+            return ListReader(source)
+    assert_never(source)

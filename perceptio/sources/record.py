@@ -78,13 +78,17 @@ class Turn(BaseModel):
 
 
 class Record(BaseModel):
-    """What is known of an image. Boxes (x0, y0, x1, y1) and masks are in pixels of the upright original image."""
+    """What is known of an image, in pixels of the upright original: boxes (x0, y0, x1, y1), clicks (x, y), masks.
+
+    Each of them is one per object, in the same order, or left out.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     turns: tuple[Turn, ...] = ()
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     masks: tuple[Mask, ...] = ()  # rows of schemas.tables.RLE
+    clicks: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,14 @@ def record_of(text: str) -> Record:
     """The record of a JSON text, an empty one for "". Raises RowError with the names of the wrong fields."""
     try:
         return Record.model_validate_json(text) if text else Record()
+    except ValidationError as error:
+        raise RowError(Reason.BAD_RECORD, problems_of(error)) from error
+
+
+def checked(values: dict[str, Any]) -> Record:
+    """The record of these fields. Raises RowError with the names of the wrong ones."""
+    try:
+        return Record.model_validate(values)
     except ValidationError as error:
         raise RowError(Reason.BAD_RECORD, problems_of(error)) from error
 

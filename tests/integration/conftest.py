@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import ray
 import torch
-from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
+from tests.tiny import depth_teacher
 from workflows import depth, runtime
 from workflows.folders import publish
 from workflows.store import open_root
@@ -39,33 +39,7 @@ def local_ray() -> str:
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Depth Anything of 60,000 random parameters."""
-    torch.manual_seed(0)
-    backbone = Dinov2Config(
-        image_size=32,
-        patch_size=16,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        out_indices=[1, 2],
-        reshape_hidden_states=False,
-    )
-    config = DepthAnythingConfig(
-        backbone_config=backbone,
-        patch_size=16,
-        reassemble_hidden_size=16,
-        reassemble_factors=[2, 1],
-        neck_hidden_sizes=[8, 16],
-        fusion_hidden_size=8,
-        head_hidden_size=4,
-        initializer_range=0.3,  # at the published 0.02 so small a model is flat
-        depth_estimation_type="relative",
-    )
-    model = DepthAnythingForDepthEstimation(config)
-    torch.nn.init.constant_(model.get_parameter("head.conv3.bias"), 5.0)  # keeps the last ReLU alive
-    folder = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(folder)
-    DPTImageProcessor(size={"height": 32, "width": 32}, ensure_multiple_of=16).save_pretrained(folder)
-    return folder
+    return depth_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")

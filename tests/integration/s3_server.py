@@ -22,9 +22,13 @@ from dataclasses import dataclass
 
 BUCKET = "runs"
 KINDS = ("internal_error", "slow_down", "timeout", "truncated", "reset")
-BUSY = {
+ANSWERS = {  # those that are not in KINDS are no faults of a moment, and are asked for by name
     "internal_error": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
     "slow_down": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
+    "conflict": ("409 Conflict", "ConditionalRequestConflict", "A conflicting operation occurred."),
+    "unnamed_condition": ("412 Precondition Failed", "PreconditionFailed", "A pre-condition did not hold."),
+    "expired_token": ("400 Bad Request", "ExpiredToken", "The provided token has expired."),
+    "access_denied": ("403 Forbidden", "AccessDenied", "Access denied."),
 }
 
 
@@ -117,6 +121,7 @@ class FaultyProxy:
             await writer.drain()
             return True
         kind, done = fault
+        done = done and kind in KINDS  # the others are true answers: the store did nothing
         answer = await self._store(method, target, headers, body) if done or kind == "truncated" else b""
         head, end, content = answer.partition(b"\r\n\r\n")
         if kind == "truncated" and len(content) < 2:
@@ -128,8 +133,8 @@ class FaultyProxy:
         return await self._fail(writer, kind, method, half=head + end + content[: len(content) // 2])
 
     async def _fail(self, writer: asyncio.StreamWriter, kind: str, method: str, half: bytes) -> bool:
-        if kind in BUSY:
-            writer.write(_busy(kind, with_body=method != "HEAD"))
+        if kind in ANSWERS:
+            writer.write(_answer(kind, with_body=method != "HEAD"))
             await writer.drain()
             return True
         if kind == "reset":
@@ -162,8 +167,8 @@ class FaultyProxy:
         return _kept_alive(answer)
 
 
-def _busy(kind: str, with_body: bool) -> bytes:
-    status, code, message = BUSY[kind]
+def _answer(kind: str, with_body: bool) -> bytes:
+    status, code, message = ANSWERS[kind]
     error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
     content = f'<?xml version="1.0" encoding="UTF-8"?>\n{error}'.encode() if with_body else b""
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(content)}\r\n\r\n"

@@ -25,7 +25,7 @@ import ray
 from conftest import CHECKOUT
 from PIL import Image
 
-from perceptio.data.images import encode_depth16
+from perceptio.data.maps import pack_map
 from perceptio.depth.codec import DepthCodec
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
@@ -37,7 +37,7 @@ from workflows.commits import Table
 from workflows.store import OtherInputsError, StageError, open_root
 
 RECIPE = Path(codebook.__file__).parent / "recipes" / "rooms.yaml"
-STEPS, EVERY = 400, 50
+STEPS, EVERY = 300, 75
 DRIVER = """
 import logging, sys
 from schemas.recipe import Recipe
@@ -68,7 +68,7 @@ def tilted_planes(count: int, seed: int) -> list[bytes]:
     for angle in rng.uniform(0, 2 * np.pi, count):
         plane = np.cos(angle) * x + np.sin(angle) * y
         plane = (plane - plane.min()) / (plane.max() - plane.min())
-        maps.append(encode_depth16(np.rint(plane * 65535).astype(np.uint16)))
+        maps.append(pack_map(np.rint(plane * 65535).astype(np.uint16)))
     return maps
 
 
@@ -276,9 +276,7 @@ def test_missing_and_mixed_depth_are_refused_before_anything_starts(tmp_path: Pa
 
 def test_a_sample_that_is_too_small_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
-    with pytest.raises(
-        StageError, match=r"has 19 maps \(codebook\.sample_rows\), expected at least 10 for each"
-    ):
+    with pytest.raises(StageError, match=r"has 19 maps \(codebook\.sample_rows\), expected at least 10 for each"):
         codebook.run(recipe_at(tmp_path, "codebook.sample_rows=19"))
 
 

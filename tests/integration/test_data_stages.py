@@ -12,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import skimage
 from conftest import recipe_of, rooms
 from PIL import Image
 
 from perceptio.data.images import ImageLimits, decode, decode_depth16
+from perceptio.data.maps import unpack_map
 from perceptio.data.masks import masks_to_rle, rle_to_mask
 from perceptio.depth.teacher import DepthTeacher
 from schemas.recipe import Recipe
@@ -87,6 +90,18 @@ def test_rooms_become_samples_row_for_row(rooms_run: Recipe) -> None:
     verify.run(rooms_run)
 
 
+def test_rows_are_counted_for_prometheus(rooms_run: Recipe) -> None:
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wanted = 'outcome="kept",source="exact",stage="depth"'
+    end = time.monotonic() + 60  # Ray sends figures on every ten seconds
+    lines: list[str] = []
+    while not lines and time.monotonic() < end:
+        text = httpx.get(address, timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith("ray_perceptio_rows_total") and wanted in line]
+        time.sleep(1)
+    assert [float(line.split()[-1]) for line in lines] == [6.0]
+
+
 def test_rooms_carry_what_they_were_asked_for(rooms_run: Recipe) -> None:
     exact = all_rows(rooms_run, "images", "exact")[0]
     masks = [rle_to_mask(rle) for rle in exact["masks"]]
@@ -108,7 +123,7 @@ def test_depth_is_the_teachers_own_answer(rooms_run: Recipe, teacher: Path) -> N
     images, maps = all_rows(rooms_run, "images", "exact")[:3], all_rows(rooms_run, "depth", "exact")[:3]
     expected = DepthTeacher.from_pretrained(teacher)([decode(row["image"], LIMITS) for row in images])
     for row, found in zip(maps, expected, strict=True):
-        stored = decode_depth16(row["inv_depth"])
+        stored = unpack_map(row["inv_depth"])
         assert stored.min() == 0 and stored.max() == 65535
         assert np.abs(stored.astype(int) - found.inv_depth_HW).max() <= 1
         assert row["raw_min"] == pytest.approx(found.raw_min, rel=1e-5)
@@ -122,7 +137,7 @@ def test_codes_are_within_the_codebook_and_have_their_error(rooms_run: Recipe) -
     assert len(rows) == 6
     for row in rows:
         assert len(row["codes"]) == 16 and max(row["codes"]) < 8
-        assert decode_depth16(row["depth_target"]).shape == (32, 32)
+        assert unpack_map(row["depth_target"]).shape == (32, 32)
         assert 0 < row["reconstruction_mae"] < 1
 
 
@@ -291,7 +306,7 @@ def test_real_photographs_become_samples(rooms_run: Recipe) -> None:
     assert len(samples) == len(PHOTOGRAPHS) and all(max(row["width"], row["height"]) <= 400 for row in samples)
     maps = all_rows(rooms_run, "depth", "photos")
     for image, row in zip(all_rows(rooms_run, "images", "photos"), maps, strict=True):
-        assert decode_depth16(row["inv_depth"]).shape == (image["height"], image["width"])
+        assert unpack_map(row["inv_depth"]).shape == (image["height"], image["width"])
 
 
 def test_recorded_depth_is_exact_and_a_row_without_it_is_refused_all_the_way(
@@ -306,7 +321,7 @@ def test_recorded_depth_is_exact_and_a_row_without_it_is_refused_all_the_way(
     for image, row in zip(all_rows(recipe, "images", "rooms"), all_rows(recipe, "depth", "rooms"), strict=True):
         nearness = 1000 / decode_depth16(image["recorded_depth"]).astype(float)
         expected = (nearness - nearness.min()) / (nearness.max() - nearness.min())
-        assert np.abs(decode_depth16(row["inv_depth"]) / 65535 - expected).max() < 2 / 65535
+        assert np.abs(unpack_map(row["inv_depth"]) / 65535 - expected).max() < 2 / 65535
         assert row["raw_max"] == pytest.approx(nearness.max())
     assert [row["reason"] for row in all_rejects(recipe, "depth", "photos")] == ["no_recorded_depth"]
     assert [row["reason"] for row in all_rejects(recipe, "assemble", "photos")] == ["upstream_reject"]

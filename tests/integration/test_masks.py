@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
 
+from perceptio.data.images import decode
 from perceptio.data.masks import rle_to_mask
 from perceptio.segmentation.sam2_image import Sam2ImageConfig, Sam2ImageModel
+from perceptio.segmentation.teacher import MaskTeacher
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
-from schemas.tables import Reason
+from schemas.tables import IMAGES, Reason
 from workflows import ingest, masks
 from workflows.commits import Table
-from workflows.runtime import TooManyRejectsError
+from workflows.shards import TooManyRejectsError, Work
 from workflows.store import OtherInputsError, open_root
 
 ROOMS = Path(masks.__file__).parent / "recipes" / "rooms.yaml"
@@ -87,11 +90,25 @@ def test_boxes_become_masks_recorded_masks_stay_and_poor_ones_are_refused(folder
         masks.run(recipe(folder, min_iou=0.5))
 
 
+def test_an_object_with_a_click_and_no_box_is_drawn_from_the_click(folder: Path) -> None:
+    image = rows(folder, "images", "boxes")[0]
+    box = image["boxes"][0]
+    click = {"x": (box["x0"] + box["x1"]) / 2, "y": (box["y0"] + box["y1"]) / 2}
+    clicked = pa.Table.from_pylist([image | {"boxes": [], "clicks": [click], "turns": []}], schema=IMAGES)
+    made = masks.MaskWorker(str(folder / "sam2"), 0.0, 0.0, 1).drawn(clicked.select(masks.COLUMNS))
+    rgb_HW3 = decode(image["image"], masks.STORED)
+    expected = MaskTeacher.from_pretrained(folder / "sam2")(rgb_HW3, [], [(click["x"], click["y"])])
+    found = made.table.to_pylist()[0]
+    assert not found["recorded"] and len(found["masks"]) == 1
+    assert (rle_to_mask(found["masks"][0]) == expected[0].mask_HW).all()
+
+
 def test_low_quality_is_a_reject_with_its_figures_and_too_many_fail_the_stage(folder: Path) -> None:
     named = rows(folder, "masks", "boxes")
     limit = float(np.median([min(row["predicted_iou"]) for row in named])) + 1e-6
-    worker = masks.MaskWorker(str(folder / "root"), str(folder / "sam2"), limit, 0.0, 1)
-    results = [worker.process("boxes", shard, "") for shard in (0, 1)]
+    worker = masks.MaskWorker(str(folder / "sam2"), limit, 0.0, 1)
+    table, over = (Table(open_root(str(folder / "root")), name, "boxes") for name in ("masks", "images"))
+    results = [worker.process(Work(table, over, shard, {})) for shard in (0, 1)]
     rejects = [reject for result in results for reject in result.rejects]
     assert sum(result.read for result in results) == 5 == sum(r.table.num_rows for r in results) + len(rejects)
     assert rejects and all(r.reason is Reason.LOW_MASK_QUALITY and "predicted IoU" in r.message for r in rejects)

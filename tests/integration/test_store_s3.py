@@ -83,8 +83,9 @@ def rows(shard: int) -> pa.Table:
 
 
 def rejects(shard: int) -> pa.Table:
-    row = {"stage": "tokenize", "source": "rooms", "shard": shard, "id": "", "uri": "0.png", "message": "cut off"}
-    return pa.Table.from_pylist([{**row, "reason": Reason.TRUNCATED_IMAGE.value}], schema=REJECTS)
+    where = {"stage": "tokenize", "source": "rooms", "shard": shard, "row": ROWS, "id": "", "uri": "0.png"}
+    row = {**where, "reason": Reason.TRUNCATED_IMAGE.value, "message": "cut off"}
+    return pa.Table.from_pylist([row], schema=REJECTS)
 
 
 def fill(table: Table) -> Manifest:
@@ -228,8 +229,41 @@ def test_what_is_not_there_or_not_allowed_is_not_tried_again(proxied: Proxied, u
     assert root.read("nothing") is None and proxy.requests.total() == 1
     assert root.files("nothing") == [] and not root.exists("nothing")
     root.delete("nothing")
-    with pytest.raises(StageError, match="writing s3://another/file: there is no such bucket"):
+    with pytest.raises(StageError, match=r"writing s3://another/file: NoSuchBucket.*see that the bucket exists"):
         open_root("s3://another").write(b"", "file")
+
+
+def test_wrong_keys_are_no_missing_file(proxied: Proxied, uri: str) -> None:
+    """s3fs calls them a PermissionError, as if another file could be read: rows would be refused for it."""
+    proxy = proxied(Faults())
+    root = open_root(uri)
+    root.write(b"data", "file")
+    proxy.faults = Faults(rate=1, kinds=("expired_token",), most_in_a_row=10**6)
+    fs, path = filesystem(f"{uri}/file")
+    with pytest.raises(StoreError, match=r"ExpiredToken.*see that .*keys"):
+        read_bytes(fs, path)
+    proxy.faults = Faults(rate=1, kinds=("access_denied",), most_in_a_row=10**6)
+    with pytest.raises(PermissionError):
+        read_bytes(fs, path)
+    with pytest.raises(StageError, match=rf"reading {uri}/file: refused .*right"):
+        root.read("file")
+    assert proxy.injected["access_denied"] == 2
+
+
+def test_a_store_that_does_not_name_the_condition_still_refuses(proxied: Proxied, uri: str) -> None:
+    """Some stores leave out which condition failed, of which s3fs makes an invalid argument."""
+    proxy = proxied(Faults(kinds=("unnamed_condition",), rate=1, most_in_a_row=1, only="PUT"))
+    root = open_root(uri)
+    assert not root.create(b"theirs", "file")
+    assert proxy.injected["unnamed_condition"] == 1
+    assert root.create(b"ours", "file") and not root.create(b"theirs", "file")
+
+
+def test_writers_that_collide_try_again(proxied: Proxied, uri: str) -> None:
+    """S3 answers 409 where two conditional writes meet."""
+    proxy = proxied(Faults(kinds=("conflict",), rate=1, most_in_a_row=2, only="PUT"))
+    assert open_root(uri).create(b"ours", "file")
+    assert proxy.injected["conflict"] == 2
 
 
 def test_many_small_files_are_read_listed_and_deleted(proxied: Proxied, uri: str) -> None:
@@ -265,8 +299,8 @@ def test_a_file_that_another_wrote_after_a_listing_is_seen(proxied: Proxied, uri
     assert root.files("folder") == ["first", "second"]
 
 
-def test_a_store_that_ignores_exclusive_create_is_refused(
-    proxied: Proxied, uri: str, capsys: pytest.CaptureFixture[str]
+def test_a_store_that_ignores_exclusive_create_is_refused_by_the_first_commit_and_by_doctor(
+    proxied: Proxied, uri: str
 ) -> None:
     proxied(Faults())
     root = open_root(uri)
@@ -275,8 +309,8 @@ def test_a_store_that_ignores_exclusive_create_is_refused(
     proxied(Faults(drop_if_none_match=True))
     root = open_root(uri)
     with pytest.raises(StageError, match=rf"{uri}: the store replaced a file.*If-None-Match"):
-        root.require_exclusive_create("codes", "rooms")
-    assert root.files("codes", "rooms") == []
+        Table(root, "codes", "rooms").plan({"source": "aaa"})
+    assert root.fs.find(root.path) == []
     with pytest.raises(StageError, match="If-None-Match"):
         doctor._store(recipe_of(uri, [rooms()]))
 

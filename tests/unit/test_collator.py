@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import GotOcr2ImageProcessor
 
 from perceptio.data.collator import Batch, Item, collate, count_image_tokens, load_item
-from perceptio.data.images import encode_depth16
+from perceptio.data.maps import pack_map
 from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import Dialogue, LossKind
 
@@ -41,7 +41,7 @@ def sample(name: str, *, shade: int = 100, height: int = 20, width: int = 24) ->
     depth = np.full((6, 6), 32768, np.uint16)
     return {
         "id": name, "image": stream.getvalue(), "width": width, "height": height, "masks": masks_to_rle(masks),
-        "codes": [1, 2], "depth_target": encode_depth16(depth),
+        "codes": [1, 2], "depth_target": pack_map(depth),
     }  # fmt: skip
 
 

@@ -110,6 +110,27 @@ def test_clean_leaves_alone_what_may_be_under_way(table: Table) -> None:
     assert [path for path in parts(table) if "working" in path.name]
 
 
+def test_clean_leaves_alone_the_next_revision_that_is_about_to_be_committed(table: Table) -> None:
+    commit(table, 0)
+    stale = table.committed()
+    ahead = "part-000000.1-working.parquet"
+    table.root.write(b"half", "codes", "rooms", ahead)
+    finish(table)
+    assert (Path(table.root.path) / "codes" / "rooms" / ahead).exists()
+    table.commit(0, "second", rows(0), rejects(0), ROWS + 1, revision=1)
+    assert table.clean(stale) == [], "who does not know of a revision must not delete its files"
+    assert table.read_shard(0).equals(rows(0))
+    replaced = "part-000000-first.parquet"
+    assert set(table.clean()) == {ahead, replaced, f"../../rejects/tokenize/rooms/{replaced}"}
+    assert table.revisions() == {0: 1} and finish(table).shards[0].revision == 1
+
+
+def test_revisions_are_counted_by_number_and_not_by_name(table: Table) -> None:
+    for revision in range(11):
+        table.commit(0, f"attempt{revision}", rows(0), rejects(0), ROWS + 1, revision=revision)
+    assert table.revisions() == {0: 10} and table.committed()[0].attempt == "attempt10"
+
+
 def test_lost_and_doubled_rows_are_refused(table: Table) -> None:
     with pytest.raises(ValueError, match="rows were lost"):
         table.commit(0, "a", rows(0), rejects(0), ROWS + 2)
@@ -244,6 +265,6 @@ def test_verify_follows_the_chain(table: Table) -> None:
     table.commit(0, "first", rows(0), rejects(0), ROWS + 1, inputs={"depth": "1234"})
     table.finish(table.committed(), attempt="a", recipe="r", code="c", inputs={"codebook": "5678"})
     assert [problem for problem in problems_of(table) if "has no manifest" in problem] == [
-        "its input depth/rooms has no manifest",
-        "its input codebook has no manifest",
+        "its input depth/rooms has no manifest: run `depth`",
+        "its input codebook has no manifest: run `codebook`",
     ]

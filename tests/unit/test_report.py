@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from perceptio.data.images import encode_depth16, encode_png
+from perceptio.data.images import encode_png
+from perceptio.data.maps import pack_map
 from perceptio.data.masks import masks_to_rle
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
@@ -113,8 +114,8 @@ def rows_of(place: int) -> tuple[dict[str, Any], ...]:
     ]
     shared = {"id": key, "image": image, "width": 8, "height": 8, "turns": turns, "masks": masks_to_rle(mask_HW)}
     map_HW = rng.integers(0, 65535, (16, 16)).astype(np.uint16)
-    sample = shared | {"codes": [0, 1, 2, 3], "depth_target": encode_depth16(map_HW)}
-    depth = {"id": key, "inv_depth": encode_depth16(map_HW[:8, :8]), "raw_min": 0.0, "raw_max": 1.0}
+    sample = shared | {"codes": [0, 1, 2, 3], "depth_target": pack_map(map_HW)}
+    depth = {"id": key, "inv_depth": pack_map(map_HW[:8, :8]), "raw_min": 0.0, "raw_max": 1.0}
     said = {"id": key, "grammar": True, "codes": [0, 1, 2, 2], "well_formed": True, "finish": "stop"}
     replies = [
         said | {"turn": 0, "text": "Sure.", "masks": masks_to_rle(mask_HW)},

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from perceptio.data.collator import Batch, collate, count_image_tokens, load_item
-from perceptio.data.images import encode_depth16
+from perceptio.data.maps import pack_map
 from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import LossKind, render
 from perceptio.model import PerceptioForConditionalGeneration
@@ -61,7 +61,7 @@ def sample(number: int) -> dict[str, Any]:
         ],
         "masks": masks_to_rle(masks),
         "codes": rng.integers(0, 8, 4).tolist(),
-        "depth_target": encode_depth16(rng.integers(0, 65536, (16, 16), dtype=np.uint16)),
+        "depth_target": pack_map(rng.integers(0, 65536, (16, 16), dtype=np.uint16)),
     }
 
 
