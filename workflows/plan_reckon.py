@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,22 @@ def _flow(recipe: Recipe, counted: Sequence[Census], sampled: Mapping[str, Sampl
     for stage, before in FED_BY.items():
         manifests = sampled[before].manifests
         flow[stage] = [rows.times(_kept(manifests[rows.source])) for rows in flow[before]]
+    if recipe.depth.maps == "sample":
+        _without_maps(recipe, flow)
     return flow
+
+
+def _without_maps(recipe: Recipe, flow: dict[str, list[Rows]]) -> None:
+    """Leaves to `depth` the shards that the codebook's sample needs, and gives `tokenize` the images of the others."""
+    training = {source.name for source in recipe.sources if not source.held_out}
+    images = {rows.source: rows for rows in flow["masks"] if rows.source in training}  # all that were kept
+    wanted = recipe.codebook.sample_rows / max(1e-9, 1 - recipe.max_reject_share)
+    share = min(1.0, wanted / max(1.0, sum(rows.total for rows in images.values())))
+    flow["depth"] = [
+        Rows(rows.source, rows.shards[: math.ceil(share * len(rows.shards))]) if rows.source in training else rows
+        for rows in flow["depth"]
+    ]
+    flow["tokenize"] = [images.get(rows.source, rows) for rows in flow["tokenize"]]
 
 
 def _kept(manifest: Manifest) -> float:

@@ -30,6 +30,7 @@ POOLS = {"ingest": "images", "depth": "depth", "masks": "masks", "tokenize": "co
 SHARDS = 4  # of each source, at least: the first of each actor is slow and not counted
 SIZES = (1, 2)  # shards of both sizes in turn, so that what a shard costs shows beside what a row costs
 CODEBOOK_STEPS = 40
+ALL_ROWS = 10**9  # the codebook's sample is the plan's, so that `depth` works on every shard of it
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _small(recipe: Recipe, uri: str, counted: Sequence[Census]) -> Recipe:
     steps = min(recipe.codebook.steps, CODEBOOK_STEPS)
     workers = _divisor(recipe.codebook.global_batch, min(recipe.codebook.workers, int(held.get("CPU", 1)) - 1))
     changes["codebook"] = recipe.codebook.model_copy(
-        update={"steps": steps, "workers": workers, "checkpoint_every": steps}
+        update={"steps": steps, "workers": workers, "checkpoint_every": steps, "sample_rows": ALL_ROWS}
     )
     return recipe.model_copy(update=changes)
 

@@ -10,7 +10,7 @@ from perceptio.sources.record import Item
 from schemas.plan import PLAN_NAME, Plan, StagePlan, TablePlan
 from schemas.recipe import MachineRecipe, PoolRecipe, PriceRecipe, Recipe, RecipeError, RoomsSource
 from schemas.recipe_file import load_recipe
-from workflows import estimate, plan, plan_table
+from workflows import estimate, plan, plan_reckon, plan_table
 from workflows.commits import Table
 from workflows.plan_sample import census, pieces
 from workflows.planned import planned_and_actual, read_plan
@@ -150,6 +150,17 @@ def test_shards_of_a_sample_have_two_sizes_and_lose_nothing() -> None:
     assert [len(piece) for piece in found] == [5, 10, 5, 10]
     assert [item for piece in found for item in piece] == items
     assert [len(piece) for piece in pieces(items[:2], 4)] == [1, 1]
+
+
+def test_where_no_maps_are_kept_depth_does_the_codebooks_sample_and_tokenize_the_images() -> None:
+    settings = ["depth.maps=sample", "codebook.sample_rows=180", "max_reject_share=0.1"]
+    recipe = load_recipe(ROOMS, overrides=settings)
+    images = [estimate.Rows("referring", [100] * 8), estimate.Rows("heldout", [100, 50])]
+    maps = [rows.times(0.5) for rows in images]
+    flow = {"ingest": images, "depth": images, "masks": images, "tokenize": maps, "assemble": images}
+    plan_reckon._without_maps(recipe, flow)
+    assert [list(rows.shards) for rows in flow["depth"]] == [[100, 100], [100, 50]]  # 180 / 0.9 of 800 images
+    assert [list(rows.shards) for rows in flow["tokenize"]] == [[100] * 8, [50, 25]]
 
 
 def test_prices_and_machines_leave_the_recipes_digest_as_it_is() -> None:
