@@ -19,7 +19,7 @@ and megapixels that one thread packs / unpacks in a second of processor time:
 | this, zstd 9 | 1.3, 66 / 184 | 5.0, 53 / 171 | 3.8, 49 / 193 | 8.4, 60 / 135 |
 
 (The shipped rooms teacher in fp32 on 8 rooms of 256 px and 4 photographs of scikit-image at up to 640 px, brought to
-their size as every teacher's maps are; targets of 96 px. One core of a busy machine, best of 3, Pillow 12, pyarrow 26.)
+their size as every teacher's maps are; targets of 96 px. One core of a busy machine, best of 3, Pillow 13, pyarrow 26.)
 
 Shape legend: H, W height and width in pixels.
 """

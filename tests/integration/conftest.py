@@ -27,12 +27,13 @@ ROOMS = CHECKOUT / "workflows" / "recipes" / "rooms.yaml"
 def local_ray() -> str:
     """The address of this session's one Ray, started anew only where a module of tests shut it down.
 
-    It has more logical CPUs than there are cores, so that no pool waits for one. It ends with the session's process.
+    It has more logical CPUs than there are cores, so that no pool waits for one, and one logical accelerator. It ends
+    with the session's process.
     """
     if not ray.is_initialized():
         paths = [str(CHECKOUT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-        ray.init(num_cpus=16, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=16, num_gpus=1, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
     return str(ray.get_runtime_context().gcs_address)
 
 
