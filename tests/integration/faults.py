@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import CHECKOUT, recipe_of, rooms
 from ray.cluster_utils import Cluster
 
@@ -125,17 +127,25 @@ def kill(*processes: psutil.Process) -> None:
 
 @contextmanager
 def two_nodes() -> Iterator[Cluster]:
-    """A Ray of its own with one CPU on each of two nodes, so that a pool of two actors has one on either."""
+    """A Ray of its own with one CPU on each of two nodes, so that a pool of two actors has one on either.
+
+    It lies in a folder of its own: in the usual one, every other Ray on this machine would join it.
+    """
     quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "health_check_initial_delay_ms": 0}
     store = 80 * 2**20
     cluster = Cluster()
-    try:
-        cluster.add_node(num_cpus=1, object_store_memory=store, include_dashboard=False, _system_config=quick)
-        cluster.add_node(num_cpus=1, object_store_memory=store)
-        cluster.wait_for_nodes()
-        yield cluster
-    finally:
-        cluster.shutdown()
+    with tempfile.TemporaryDirectory(prefix="two_nodes", ignore_cleanup_errors=True) as folder:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RAY_TMPDIR", folder)
+                cluster.add_node(num_cpus=1, object_store_memory=store, include_dashboard=False, _system_config=quick)
+            cluster.add_node(num_cpus=1, object_store_memory=store)
+            cluster.wait_for_nodes()
+            yield cluster
+        finally:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RAY_TMPDIR", folder)
+                cluster.shutdown()
 
 
 def second_node(cluster: Cluster) -> psutil.Process:
