@@ -1,4 +1,4 @@
-"""Faults in the middle of the work: a killed actor, a killed driver, two drivers at once; nothing lost or doubled.
+"""Faults in the middle of the work: killed actors, drivers and nodes, two drivers at once; nothing lost or doubled.
 
 Every test asserts that the fault met live work: 0 < committed < total.
 """
@@ -6,157 +6,279 @@ Every test asserts that the fault met live work: 0 < committed < total.
 from __future__ import annotations
 
 import os
+import random
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CHECKOUT, recipe_of, rooms
+from faults import (
+    RUN,
+    TOTAL,
+    Markers,
+    Undisturbed,
+    check,
+    kill,
+    markers,
+    recipe_at,
+    second_node,
+    shard_actors,
+    start_driver,
+    tables,
+    two_nodes,
+    wait_for,
+)
+from ray.cluster_utils import Cluster
 
-from schemas.manifest import Manifest, ShardCommit
+from perceptio.depth.teacher import DepthTeacher
 from schemas.recipe import Recipe
 from workflows import ingest, verify
 from workflows.commits import Table
-from workflows.store import open_root
+from workflows.shards import ShardResult, Work
+from workflows.store import Root
 
-ROOMS, PER_SHARD = 60, 4
-SHARDS = ROOMS // PER_SHARD
-DRIVER = """
-import logging, sys
-from schemas.recipe import Recipe
-from workflows import ingest
-logging.basicConfig(level=logging.INFO)
-ingest.run(Recipe.model_validate_json(sys.argv[1]))
-"""
-
-
-def recipe_at(root: Path) -> Recipe:
-    return recipe_of(root, [rooms(count=ROOMS, size=160)])
-
-
-def images(recipe: Recipe) -> Table:
-    return Table(open_root(recipe.root), "images", "rooms")
-
-
-def wait_for_live_work(recipe: Recipe, seconds: float = 120, least: int = 2) -> dict[int, ShardCommit]:
-    """The markers as soon as there are `least`; fails where the work was over before."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        commits = images(recipe).committed()
-        if len(commits) >= least:
-            assert 0 < len(commits) < SHARDS, "the fault came too late to hit live work"
-            return commits
-        time.sleep(0.02)
-    raise AssertionError(f"no {least} shards committed within {seconds} s")
-
-
-def start_driver(recipe: Recipe, address: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *sys.path])}
-    command = [sys.executable, "-c", DRIVER, recipe.model_dump_json()]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def shard_actors() -> list[psutil.Process]:
-    """The live actors that work on shards, among the processes that this test session started."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and "_ShardActor" in process.cmdline()[0]:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
+VICTIMS = ("actor", "driver", "node")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, local_ray: str) -> Manifest:
-    recipe = recipe_at(tmp_path_factory.mktemp("undisturbed"))
-    ingest.run(recipe)
-    return images(recipe).require()
-
-
-def check(recipe: Recipe, undisturbed: Manifest, before: dict[int, ShardCommit]) -> None:
-    """The same rows as undisturbed, every shard once, and none redone that was committed before the fault."""
-    manifest = images(recipe).require()
-    assert manifest.digest == undisturbed.digest
-    assert [c.content for c in manifest.shards] == [c.content for c in undisturbed.shards]
-    assert (manifest.read, manifest.kept) == (undisturbed.read, undisturbed.kept) and len(manifest.shards) == SHARDS
-    assert {shard: manifest.shards[shard] for shard in before} == before
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, local_ray: str, teacher: Path, put_codebook: Callable[..., None]
+) -> Undisturbed:
+    recipe = recipe_at(tmp_path_factory.mktemp("undisturbed"), teacher)
+    put_codebook(recipe, DepthTeacher.from_pretrained(teacher).digest)
+    for run in RUN.values():
+        run(recipe)
     verify.run(recipe)
-    redone = sum(commit.read for commit in manifest.shards if commit.shard not in before)
-    print(f"{redone} of {manifest.read} rows were done after the fault")
+    assert tables(recipe, "ingest")["rooms"].require().rejected > 0, "the pass over doubles had nothing to do"
+    return Undisturbed(recipe)
 
 
-def test_a_killed_actor_is_replaced_and_its_shard_done_once(
-    tmp_path: Path, local_ray: str, undisturbed: Manifest
-) -> None:
-    recipe = recipe_at(tmp_path)
-    fault: dict[str, object] = {}
+@pytest.fixture(scope="module")
+def cluster(local_ray: str) -> Iterator[Cluster]:
+    with two_nodes() as started:
+        yield started
+
+
+def killed_actor(recipe: Recipe, stage: str, moment: int) -> Markers:
+    """Kills every actor at the moment; the engine itself goes on."""
+    found: list[Markers] = []
+    killed: list[psutil.Process] = []
 
     def kill_when_live() -> None:
-        fault["before"] = wait_for_live_work(recipe)
+        wait_for(recipe, stage, 1, TOTAL[stage])
         actors = shard_actors()
-        for actor in actors:
-            actor.send_signal(signal.SIGKILL)
-        fault["killed"] = len(actors)
+        found.append(wait_for(recipe, stage, moment, TOTAL[stage]))
+        kill(*actors)
+        killed.extend(actors)
 
     killer = threading.Thread(target=kill_when_live)
     killer.start()
-    ingest.run(recipe)
+    RUN[stage](recipe)
     killer.join()
-    assert fault["killed"], "no live actor was found to kill"
-    before = fault["before"]
-    assert isinstance(before, dict)
-    check(recipe, undisturbed, before)
+    assert killed, "no live actor was found to kill"
+    return found[0]
 
 
-def test_after_a_killed_driver_only_uncommitted_shards_are_done(
-    tmp_path: Path, local_ray: str, undisturbed: Manifest
-) -> None:
-    recipe = recipe_at(tmp_path)
-    driver = start_driver(recipe, local_ray)
-    before = wait_for_live_work(recipe)
+def killed_driver(recipe: Recipe, stage: str, moment: int, address: str) -> Markers:
+    """Kills the driver at the moment, and runs the stage again."""
+    driver = start_driver(recipe, address, stage)
+    before = wait_for(recipe, stage, moment, TOTAL[stage])
     driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert images(recipe).manifest() is None
-    ingest.run(recipe)
-    check(recipe, undisturbed, before)
+    driver.communicate()
+    assert any(table.manifest() is None for table in tables(recipe, stage).values())
+    RUN[stage](recipe)
+    return before
 
 
-def test_of_two_drivers_at_once_the_loser_says_so_and_every_shard_is_done_once(
-    tmp_path: Path, local_ray: str, undisturbed: Manifest, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = recipe_at(tmp_path)
-    driver = start_driver(recipe, local_ray)
-    before = wait_for_live_work(recipe)
-    ingest.run(recipe)
-    output, _ = driver.communicate(timeout=120)
+def killed_node(recipe: Recipe, stage: str, moment: int, cluster: Cluster) -> Markers:
+    """Kills the raylet of the second node, with the actor that works there, at the moment; the engine goes on."""
+    raylet = second_node(cluster)
+    driver = start_driver(recipe, cluster.address, stage)
+    wait_for(recipe, stage, 1, TOTAL[stage])
+    actors = shard_actors(raylet)
+    before = wait_for(recipe, stage, moment, TOTAL[stage])
+    kill(raylet, *actors)
+    output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, output
-    check(recipe, undisturbed, before)
-    assert "another attempt committed" in caplog.text + output
+    assert len(actors) == 1, "no actor lived on the node that was killed"
+    return before
+
+
+def disturb(request: pytest.FixtureRequest, root: Path, victim: str, stage: str, moment: int) -> int:
+    """Rows that were done after the fault."""
+    undisturbed: Undisturbed = request.getfixturevalue("undisturbed")
+    pool = {"min_actors": 2, "max_actors": 2} if victim == "node" else {}
+    settings = {f"{stage}__pool__{name}": count for name, count in pool.items()}
+    recipe = undisturbed.start_at(root, stage, **settings)
+    if victim == "node":
+        before = killed_node(recipe, stage, moment, request.getfixturevalue("cluster"))
+    elif victim == "driver":
+        before = killed_driver(recipe, stage, moment, request.getfixturevalue("local_ray"))
+    else:
+        before = killed_actor(recipe, stage, moment)
+    return check(recipe, undisturbed, stage, before)
+
+
+def drawn(seed: int, stages: tuple[str, ...] = tuple(RUN)) -> tuple[str, int]:
+    """Stage and moment, in markers, of a fault."""
+    draw = random.Random(seed)
+    stage = draw.choice(stages)
+    return stage, draw.randint(1, TOTAL[stage] // 2)
+
+
+@pytest.mark.parametrize(("victim", "seed"), [("actor", 2), ("driver", 0), ("node", 6)])
+def test_after_a_kill_the_rows_are_those_of_an_undisturbed_run(
+    tmp_path: Path, request: pytest.FixtureRequest, victim: str, seed: int
+) -> None:
+    disturb(request, tmp_path, victim, *drawn(seed))
+
+
+def test_the_seeds_of_the_short_test_cover_every_stage() -> None:
+    assert {drawn(seed)[0] for seed in (2, 0, 6)} == set(RUN)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_twelve_killed_actors_lose_and_double_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest, record: Callable[..., None]
+) -> None:
+    prove(tmp_path, request, record, "actor")
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_twelve_killed_drivers_lose_and_double_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest, record: Callable[..., None]
+) -> None:
+    prove(tmp_path, request, record, "driver")
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_twelve_killed_nodes_lose_and_double_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest, record: Callable[..., None]
+) -> None:
+    prove(tmp_path, request, record, "node")
+
+
+def prove(folder: Path, request: pytest.FixtureRequest, record: Callable[..., None], victim: str) -> None:
+    """Four faults a stage, at moments of their own; keeps what was found."""
+    faults = []
+    for seed in range(12):
+        stage, moment = drawn(100 + seed, (tuple(RUN)[seed % 3],))
+        redone = disturb(request, folder / str(seed), victim, stage, moment)
+        faults.append({"stage": stage, "moment": moment, "of": TOTAL[stage], "rows_done_after": redone})
+        record(victim=victim, faults=faults)
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_five_killed_drivers_in_a_row_lose_and_double_nothing(
-    tmp_path: Path, local_ray: str, undisturbed: Manifest, record: Callable[..., None]
+    tmp_path: Path, local_ray: str, undisturbed: Undisturbed, record: Callable[..., None]
 ) -> None:
-    recipe = recipe_at(tmp_path)
-    before: dict[int, ShardCommit] = {}
+    recipe = undisturbed.start_at(tmp_path, "ingest")
+    before: Markers = {}
     committed = []
     for _ in range(5):
-        driver = start_driver(recipe, local_ray)
-        now = wait_for_live_work(recipe, least=len(before) + 1)
+        driver = start_driver(recipe, local_ray, "ingest")
+        now = wait_for(recipe, "ingest", len(before) + 1, TOTAL["ingest"])
         driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        driver.communicate()
         assert before.items() <= now.items(), "a shard was redone that was committed before"
         before = now
         committed.append(len(before))
     ingest.run(recipe)
-    record(kills=5, shards=SHARDS, committed_at_each_kill=committed, digest=images(recipe).require().digest)
-    check(recipe, undisturbed, before)
+    redone = check(recipe, undisturbed, "ingest", before)
+    record(kills=5, markers=TOTAL["ingest"], committed_at_each_kill=committed, rows_done_after_the_last=redone)
+
+
+class DiesBeforeItsMarker(ingest.IngestWorker):
+    """Kills its process, once, after the rows of a shard were written and before their marker is."""
+
+    def __init__(self, recipe: str, forgotten: tuple[str, ...] = ()) -> None:
+        super().__init__(recipe, forgotten)
+        self.done = Path(Recipe.model_validate_json(recipe).root) / "killed_once"
+
+    def process(self, work: Work) -> ShardResult:
+        if work.source == "rooms" and work.shard == 7 and not self.done.exists():
+            self.done.touch()
+            Root.create = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        return super().process(work)
+
+
+def test_an_actor_that_dies_between_rows_and_marker_leaves_nothing(
+    tmp_path: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = undisturbed.start_at(tmp_path, "ingest")
+    monkeypatch.setattr(ingest, "IngestWorker", DiesBeforeItsMarker)
+    left: list[list[str]] = []
+    clean = Table.clean
+
+    def look(table: Table, commits: object = None) -> list[str]:
+        left.append([name for name in table.unnamed() if name.startswith("part-000007-")])
+        return clean(table)
+
+    monkeypatch.setattr(Table, "clean", look)
+    ingest.run(recipe)
+    assert (tmp_path / "killed_once").exists()
+    assert sum(map(len, left)) == 1, "the killed attempt's rows were not on the disk"
+    check(
+        recipe, undisturbed, "ingest", {path: t for path, t in markers(recipe, "ingest").items() if "000001." in path}
+    )
+
+
+DIES_BEFORE_THE_MANIFEST = """
+import os, signal, sys
+from schemas.recipe import Recipe
+from workflows import commits, depth
+commits.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+depth.run(Recipe.model_validate_json(sys.argv[1]))
+"""
+
+
+def test_a_driver_that_dies_between_the_last_marker_and_the_manifest_is_finished_without_any_work(
+    tmp_path: Path, local_ray: str, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = undisturbed.start_at(tmp_path, "depth")
+    driver = start_driver(recipe, local_ray, script=DIES_BEFORE_THE_MANIFEST)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == -signal.SIGKILL, output
+    before = markers(recipe, "depth")
+    assert len(before) == TOTAL["depth"] and tables(recipe, "depth")["rooms"].manifest() is None
+    RUN["depth"](recipe)
+    assert markers(recipe, "depth") == before
+    for source, table in tables(recipe, "depth").items():
+        assert table.require().digest == undisturbed.manifest("depth", source).digest
+        assert table.require().extra["rows_done"] == 0
+
+
+@pytest.mark.parametrize("stage", ["ingest", "depth"])
+def test_of_two_drivers_at_once_the_loser_says_so_and_every_shard_is_done_once(
+    tmp_path: Path, local_ray: str, undisturbed: Undisturbed, caplog: pytest.LogCaptureFixture, stage: str
+) -> None:
+    recipe = undisturbed.start_at(tmp_path, stage)
+    driver = start_driver(recipe, local_ray, stage)
+    wait_for(recipe, stage, 1, TOTAL[stage])
+    slow = shard_actors()
+    for actor in slow:  # in the middle of a shard, which the second driver does meanwhile
+        actor.suspend()
+    before = markers(recipe, stage)
+    assert slow and 0 < len(before) < TOTAL[stage] - 1 and driver.poll() is None
+
+    def wake() -> None:
+        wait_for(recipe, stage, len(before) + 1, TOTAL[stage])
+        for actor in slow:
+            actor.resume()
+
+    waker = threading.Thread(target=wake)
+    waker.start()
+    RUN[stage](recipe)
+    waker.join()
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, output
+    check(recipe, undisturbed, stage, before)
+    attempts = {c.attempt.rpartition("-")[0] for t in tables(recipe, stage).values() for c in t.committed().values()}
+    assert len(attempts) >= 2, "only one of the two committed anything"
+    assert "another attempt committed" in caplog.text + output
