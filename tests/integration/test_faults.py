@@ -32,6 +32,7 @@ from faults import (
     tables,
     two_nodes,
     wait_for,
+    wait_for_actors,
 )
 from PIL import Image
 from ray.cluster_utils import Cluster
@@ -43,8 +44,6 @@ from workflows.commits import Table
 from workflows.shards import ShardResult, Work
 from workflows.store import Root, open_root
 from workflows.verify import problems_of
-
-VICTIMS = ("actor", "driver", "node")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,7 @@ def killed_actor(recipe: Recipe, stage: str, moment: int) -> Markers:
     killed: list[psutil.Process] = []
 
     def kill_when_live() -> None:
-        wait_for(recipe, stage, 1, TOTAL[stage])
-        actors = shard_actors()
+        actors = wait_for_actors()
         found.append(wait_for(recipe, stage, moment, TOTAL[stage]))
         kill(*actors)
         killed.extend(actors)
@@ -101,8 +99,7 @@ def killed_node(recipe: Recipe, stage: str, moment: int, cluster: Cluster) -> Ma
     """Kills the raylet of the second node, with the actor that works there, at the moment; the engine goes on."""
     raylet = second_node(cluster)
     driver = start_driver(recipe, cluster.address, stage)
-    wait_for(recipe, stage, 1, TOTAL[stage])
-    actors = shard_actors(raylet)
+    actors = wait_for_actors(raylet)
     before = wait_for(recipe, stage, moment, TOTAL[stage])
     kill(raylet, *actors)
     output, _ = driver.communicate(timeout=200)
