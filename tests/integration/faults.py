@@ -120,6 +120,16 @@ def shard_actors(below: psutil.Process | None = None) -> list[psutil.Process]:
     return found
 
 
+def wait_for_actors(below: psutil.Process | None = None, seconds: float = 120) -> list[psutil.Process]:
+    """The actors as soon as there is one: they are built for a while before they work."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := shard_actors(below):
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no actor that works on shards within {seconds} s")
+
+
 def kill(*processes: psutil.Process) -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)

@@ -5,6 +5,7 @@ Every test asserts that the fault met live work: 0 < committed < total.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -12,8 +13,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from conftest import recipe_of
 from faults import (
     RUN,
     TOTAL,
@@ -29,17 +32,18 @@ from faults import (
     tables,
     two_nodes,
     wait_for,
+    wait_for_actors,
 )
+from PIL import Image
 from ray.cluster_utils import Cluster
 
 from perceptio.depth.teacher import DepthTeacher
 from schemas.recipe import Recipe
-from workflows import ingest, verify
+from workflows import ingest, requeue, verify
 from workflows.commits import Table
 from workflows.shards import ShardResult, Work
-from workflows.store import Root
-
-VICTIMS = ("actor", "driver", "node")
+from workflows.store import Root, open_root
+from workflows.verify import problems_of
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,7 @@ def killed_actor(recipe: Recipe, stage: str, moment: int) -> Markers:
     killed: list[psutil.Process] = []
 
     def kill_when_live() -> None:
-        wait_for(recipe, stage, 1, TOTAL[stage])
-        actors = shard_actors()
+        actors = wait_for_actors()
         found.append(wait_for(recipe, stage, moment, TOTAL[stage]))
         kill(*actors)
         killed.extend(actors)
@@ -96,8 +99,7 @@ def killed_node(recipe: Recipe, stage: str, moment: int, cluster: Cluster) -> Ma
     """Kills the raylet of the second node, with the actor that works there, at the moment; the engine goes on."""
     raylet = second_node(cluster)
     driver = start_driver(recipe, cluster.address, stage)
-    wait_for(recipe, stage, 1, TOTAL[stage])
-    actors = shard_actors(raylet)
+    actors = wait_for_actors(raylet)
     before = wait_for(recipe, stage, moment, TOTAL[stage])
     kill(raylet, *actors)
     output, _ = driver.communicate(timeout=200)
@@ -252,6 +254,42 @@ def test_a_driver_that_dies_between_the_last_marker_and_the_manifest_is_finished
     for source, table in tables(recipe, "depth").items():
         assert table.require().digest == undisturbed.manifest("depth", source).digest
         assert table.require().extra["rows_done"] == 0
+
+
+def test_a_requeue_whose_driver_is_killed_is_finished_by_the_next_one(tmp_path: Path, local_ray: str) -> None:
+    folder, shards = tmp_path / "photos", 24
+    folder.mkdir()
+    files = {f"{i:02d}.png": photograph(i) for i in range(2 * shards)}
+    for i, (name, data) in enumerate(files.items()):  # one of each shard's two cannot be read at first
+        (folder / name).write_bytes(data if i % 2 else data[: len(data) // 2])
+    source = {"name": "photos", "format": "folder", "path": str(folder)}
+    recipe = recipe_of(tmp_path / "root", [source], ingest__rows_per_shard=2)
+    ingest.run(recipe)
+    table = Table(open_root(recipe.root), "images", "photos")
+    assert table.require().rejected == shards
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    driver = start_driver(recipe, local_ray, "requeue", "truncated_image")
+    wait_for(recipe, "ingest", shards + 3, 2 * shards)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    before = {shard: commit for shard, commit in table.committed().items() if commit.revision == 1}
+    assert 0 < len(before) < shards and table.manifest() is None
+    requeue.run(recipe, "truncated_image")
+    after = table.require()
+    assert [commit.revision for commit in after.shards] == [1] * shards and after.rejected == 0
+    assert {shard: after.shards[shard] for shard in before} == before, "a shard was tried again that was mended before"
+    whole = recipe_of(tmp_path / "whole", [source], ingest__rows_per_shard=2)
+    ingest.run(whole)
+    assert after.digest == Table(open_root(whole.root), "images", "photos").require().digest
+    assert problems_of(table) == []
+
+
+def photograph(seed: int) -> bytes:
+    """A picture that takes some milliseconds to read."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (400, 600, 3)).astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("stage", ["ingest", "depth"])
