@@ -11,6 +11,7 @@ import pytest
 from conftest import recipe_of, rooms
 
 from perceptio.depth.teacher import TeacherCard
+from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import DEPTH, REJECTS, Reason
 from workflows import assemble, depth, ingest, tokenize_depth, verify
@@ -43,7 +44,8 @@ def ingested(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Recipe:
     for source in recipe.sources:
         over = shards_of(listing=listed(recipe, open_root(recipe.root), source))
         made = over_shards(recipe, worker, "images", "listing", source.name, over)
-        made.finish(made.committed(), attempt="a", recipe="r", code="c")
+        licences = (Licence(part=f"data: {source.name}", source="rooms", licence="Apache-2.0"),)
+        made.finish(made.committed(), attempt="a", recipe="r", code="c", licences=licences)
     return recipe
 
 
