@@ -17,8 +17,9 @@ import pyarrow as pa
 from schemas.recipe import Recipe
 from schemas.tables import SAMPLES, Reason
 from workflows.commits import Table
+from workflows.pool import run_shards
 from workflows.runtime import settings_digest
-from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, shards_of
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, shards_of
 from workflows.store import open_root
 
 FROM_IMAGES = ["id", "uri", "image", "width", "height", "turns", "masks"]

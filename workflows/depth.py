@@ -24,7 +24,8 @@ from schemas.recipe import Recipe
 from schemas.tables import DEPTH, Reason
 from workflows.codebook_sample import sampled_shards
 from workflows.commits import Table
-from workflows.shards import Job, Reject, ShardResult, Work, begin, by_id, finish, shards_of, work
+from workflows.pool import begin, finish, work
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, shards_of
 from workflows.store import Root, open_root
 from workflows.teacher_maps import CONVENTION as CONVENTION
 from workflows.teacher_maps import MapSource, Teaching, mapped

@@ -37,8 +37,9 @@ from workflows.doubles import Doubles, doubles
 from workflows.drop import DropWorker
 from workflows.forgotten import forgotten_ids
 from workflows.listing import listed, reader
+from workflows.pool import Run, begin, finish, work
 from workflows.runtime import ahead, settings_digest
-from workflows.shards import Job, Reject, Run, ShardResult, Work, begin, finish, shards_of, stored_reject, work
+from workflows.shards import Job, Reject, ShardResult, Work, shards_of, stored_reject
 from workflows.store import DamagedTableError, open_root
 
 READERS = 4  # threads of one actor; reading and decoding release the interpreter

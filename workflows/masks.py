@@ -25,8 +25,9 @@ from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.tables import MASKS, Reason
 from workflows.commits import Table
+from workflows.pool import run_shards
 from workflows.runtime import ahead, device, settings_digest, weights
-from workflows.shards import Job, Reject, ShardResult, Work, by_id, run_shards, shards_of
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, shards_of
 from workflows.store import open_root
 
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the images table was checked by `ingest`

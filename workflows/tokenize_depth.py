@@ -32,8 +32,9 @@ from schemas.recipe import Recipe
 from schemas.tables import CODES, Reason
 from workflows.commits import Table
 from workflows.folders import local_copy, require
+from workflows.pool import begin, finish, work
 from workflows.runtime import ahead, device, settings_digest
-from workflows.shards import Job, Reject, ShardResult, Work, begin, by_id, finish, shards_of, work
+from workflows.shards import Job, Reject, ShardResult, Work, by_id, shards_of
 from workflows.store import OtherInputsError, Root, open_root
 from workflows.teacher_maps import MapSource, Teaching, mapped
 

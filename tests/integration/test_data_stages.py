@@ -30,8 +30,8 @@ from schemas.recipe import Recipe
 from schemas.tables import Reason
 from workflows import assemble, depth, ingest, runtime, tokenize_depth, verify
 from workflows.commits import Table
+from workflows.pool import TooManyRejectsError
 from workflows.runtime import NotEnoughError
-from workflows.shards import TooManyRejectsError
 from workflows.store import DamagedTableError, OtherInputsError, open_root
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")

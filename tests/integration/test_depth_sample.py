@@ -17,7 +17,8 @@ from schemas.tables import DEPTH, REJECTS, Reason
 from workflows import assemble, depth, ingest, tokenize_depth, verify
 from workflows.commits import Table
 from workflows.listing import listed
-from workflows.shards import Job, Reject, ShardResult, ShardWorker, Work, run_shards, shards_of
+from workflows.pool import run_shards
+from workflows.shards import Job, Reject, ShardResult, ShardWorker, Work, shards_of
 from workflows.store import OtherInputsError, open_root
 
 

@@ -20,7 +20,8 @@ from schemas.recipe_file import load_recipe
 from schemas.tables import IMAGES, Reason
 from workflows import ingest, masks
 from workflows.commits import Table
-from workflows.shards import TooManyRejectsError, Work
+from workflows.pool import TooManyRejectsError
+from workflows.shards import Work
 from workflows.store import OtherInputsError, open_root
 
 ROOMS = Path(masks.__file__).parent / "recipes" / "rooms.yaml"

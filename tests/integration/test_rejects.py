@@ -29,7 +29,8 @@ from workflows import depth, ingest
 from workflows.commits import Table
 from workflows.ingest import IngestWorker, image_id
 from workflows.listing import listed
-from workflows.shards import ShardResult, TooManyRejectsError, Work, rejects_table, shards_of
+from workflows.pool import TooManyRejectsError
+from workflows.shards import ShardResult, Work, rejects_table, shards_of
 from workflows.store import open_root
 
 SIDES = (40, 60)
