@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +120,13 @@ def shard_actors(below: psutil.Process | None = None) -> list[psutil.Process]:
     return found
 
 
-def wait_for_actors(below: psutil.Process | None = None, seconds: float = 120) -> list[psutil.Process]:
-    """The actors as soon as there is one: they are built for a while before they work."""
+def wait_for_actors(
+    below: psutil.Process | None = None, former: Collection[psutil.Process] = (), seconds: float = 120
+) -> list[psutil.Process]:
+    """The actors, but for those of former work, as soon as there is one: they are built before they work."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := shard_actors(below):
+        if found := [actor for actor in shard_actors(below) if actor not in former]:
             return found
         time.sleep(0.02)
     raise AssertionError(f"no actor that works on shards within {seconds} s")
