@@ -103,7 +103,7 @@ def weights(name: str, part: str) -> str:
 
 def device() -> str:
     """Where an actor's model runs: the accelerator that Ray gave it, else the CPU."""
-    return "cuda" if ray.get_gpu_ids() else "cpu"
+    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"  # asking would start a Ray
 
 
 def code_version() -> str:

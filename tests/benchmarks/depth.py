@@ -87,7 +87,7 @@ def load_bare(folder: Path, batch: int) -> Make:
         rows: list[dict[str, Any]] = []
         for first in range(0, len(images), batch):
             part = images[first : first + batch]
-            pictures = [np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in part]
+            pictures = [np.array(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in part]
             inputs = processor(images=pictures, input_data_format="channels_last", return_tensors="pt")
             sizes = [picture.shape[:2] for picture in pictures]
             outputs = processor.post_process_depth_estimation(model(**inputs), sizes)

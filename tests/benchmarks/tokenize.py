@@ -1,5 +1,8 @@
-"""The `tokenize` stage on 2 cores beside a bare loop that reads the same maps, encodes them with the same codebook in the
-same batches and one thread a worker, measures the same error and writes the same Parquet. See `_stage` for the method."""
+"""The `tokenize` stage on 2 cores beside a bare loop over stored maps.
+
+The bare loop reads the same maps, encodes them with the same codebook in the same batches and one thread a worker,
+measures the same error and writes the same Parquet. See `_stage` for the method.
+"""
 
 from __future__ import annotations
 
