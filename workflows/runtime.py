@@ -62,6 +62,7 @@ def start(recipe: Recipe) -> None:
         return
     _check_machine(recipe)
     ray.init(
+        address="local",
         num_cpus=recipe.cluster.logical_cpus,
         object_store_memory=recipe.cluster.object_store_mb * 2**20,
         include_dashboard=False,

@@ -29,7 +29,7 @@ def _bare() -> float:
 
 def _ray() -> float:
     """Images/s of a Ray Data job on as many CPUs, its start-up left out by a small job before."""
-    ray.init(num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False)
     try:
         return _job(2 * PROCESSES, 10_000) and _job(ROOMS, 0)
     finally:

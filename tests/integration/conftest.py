@@ -33,7 +33,14 @@ def local_ray() -> str:
     if not ray.is_initialized():
         paths = [str(CHECKOUT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-        ray.init(num_cpus=16, num_gpus=1, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local",
+            num_cpus=16,
+            num_gpus=1,
+            object_store_memory=256 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
     return str(ray.get_runtime_context().gcs_address)
 
 

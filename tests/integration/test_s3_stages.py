@@ -34,7 +34,7 @@ from workflows.commits import Table
 from workflows.store import open_root
 
 tables = json.loads(sys.argv[1])
-ray.init(num_cpus=8, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=8, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
 for text in sys.argv[2:]:
     recipe = Recipe.model_validate_json(text)
     for stage in (ingest, depth, masks, codebook, tokenize_depth, assemble, verify):
