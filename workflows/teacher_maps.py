@@ -8,6 +8,7 @@ Shape legend: H, W image height and width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -116,10 +117,11 @@ class TeacherMaps:
     def __call__(self, column: pa.ChunkedArray) -> Iterator[Numbered]:
         """Batch by batch, each with the rows without a map that were found meanwhile."""
         refused: Numbered = []
-        prepared = ahead(partial(self._prepare, column), range(len(column)), threads=DECODERS, depth=self.batch_size)
+        parts = [range(i, min(i + self.batch_size, len(column))) for i in range(0, len(column), self.batch_size)]
+        prepared = ahead(lambda part: [(row, self._prepare(column[row])) for row in part], parts, threads=DECODERS)
 
         def good() -> Iterator[tuple[int, Prepared]]:
-            for row, found in prepared:
+            for row, found in itertools.chain.from_iterable(prepared):
                 if isinstance(found, DepthError):
                     refused.append((row, partial(_refuse, found)))
                 else:
@@ -133,11 +135,11 @@ class TeacherMaps:
             refused.clear()
         yield refused
 
-    def _prepare(self, column: pa.ChunkedArray, row: int) -> tuple[int, Prepared | DepthError]:
+    def _prepare(self, image: pa.BinaryScalar) -> Prepared | DepthError:
         try:
-            return row, self.teacher.prepare(decode(column[row].as_py(), STORED))
+            return self.teacher.prepare(decode(image.as_py(), STORED))
         except DepthError as error:
-            return row, error
+            return error
 
 
 class RecordedMaps:

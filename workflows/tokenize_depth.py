@@ -14,8 +14,8 @@ Shape legend: B batch, H, W image height and width, S the codebook's image side,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,6 @@ from workflows.store import OtherInputsError, Root, open_root
 from workflows.teacher_maps import MapSource, Teaching, mapped
 
 STEPS = 65535  # inv_depth 1.0 in 16 bits
-DECODERS = 2  # threads of one actor beside the codec
 
 Row = dict[str, Any]
 
@@ -58,13 +57,10 @@ class CodecWorker:
         return by_id(work, ["id", "inv_depth"], self._stored)
 
     def _stored(self, table: pa.Table) -> ShardResult:
-        ids, column = table["id"].to_pylist(), table["inv_depth"]
-        targets = ahead(
-            lambda i: self._target(unpack_map(column[i].as_py())),
-            range(len(ids)),
-            threads=DECODERS,
-            depth=2 * self.batch_size,
-        )
+        ids, packed = table["id"].to_pylist(), table["inv_depth"]
+        parts = [range(i, min(i + self.batch_size, len(ids))) for i in range(0, len(ids), self.batch_size)]
+        made = ahead(lambda part: [self._target(unpack_map(packed[i].as_py())) for i in part], parts)
+        targets = itertools.chain.from_iterable(made)
         return ShardResult(self._codes(zip(ids, targets, strict=True)), len(ids))
 
     def _target(self, inv_depth_HW: npt.NDArray[np.uint16]) -> Tensor:
@@ -82,7 +78,7 @@ class CodecWorker:
 
     def _encoded(self, targets: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor]]:
         """Ids, codes, small maps and their errors, batch by batch."""
-        while batch := list(islice(targets, self.batch_size)):
+        while batch := list(itertools.islice(targets, self.batch_size)):
             torch.set_num_threads(self.threads)  # the teacher, where there is one, may use another number
             targets_BSS = torch.cat([target for _, target in batch])
             codes_BN = self.codec.encode(targets_BSS)

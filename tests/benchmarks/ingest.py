@@ -21,7 +21,7 @@ from schemas.tables import IMAGES
 from tests.benchmarks._stage import Make, compare, photographs, recipe_at, result, stop_ray
 from workflows import ingest
 
-SIZE, SHARDS, ROWS, ROUNDS, BAR = (480, 640), 14, 40, 3, 0.9
+SIZE, SHARDS, ROWS, ROUNDS, BAR = (480, 640), 14, 150, 3, 0.9
 
 
 def load_bare() -> Make:

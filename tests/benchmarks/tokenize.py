@@ -28,7 +28,7 @@ from workflows.folders import publish
 from workflows.store import open_root
 from workflows.teacher_maps import CONVENTION
 
-SIZE, SHARDS, ROWS, BATCH, ROUNDS, BAR = 256, 14, 100, 32, 3, 0.9
+SIZE, SHARDS, ROWS, BATCH, ROUNDS, BAR = 256, 14, 200, 32, 3, 0.9
 
 
 def write_codebook(folder: Path) -> Path:
