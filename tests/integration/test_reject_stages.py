@@ -20,16 +20,18 @@ from hypothesis.strategies import DrawFn
 from test_rejects import JPEG, MASK, PNG, TURN, WEBP, encoded, noise
 
 from perceptio.data.images import encode_depth16
+from perceptio.depth.teacher import DepthTeacher
 from perceptio.segmentation.sam2_image import Sam2ImageConfig, Sam2ImageModel
 from perceptio.sources.record import Found, Item, Refused, RowError, record_of, refused
 from schemas.tables import CODES, IMAGES, LISTING, REJECTS, Reason
 from workflows.assemble import JoinWorker
 from workflows.commits import Table
-from workflows.depth import RecordedWorker, TeacherWorker
+from workflows.depth import DepthWorker
 from workflows.ingest import IngestWorker, image_id
 from workflows.masks import MaskWorker
 from workflows.shards import ShardResult, ShardWorker, Work, rejects_table
 from workflows.store import Root, open_root
+from workflows.teacher_maps import RECORDED, MapSource, TeacherMaps
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SLOW = settings(QUICK, max_examples=8)
@@ -123,7 +125,7 @@ def between(*bad: Found | Refused) -> list[Found | Refused]:
 
 def image_row(data: bytes, height: int, width: int, **more: Any) -> dict[str, Any]:
     row = dict.fromkeys(IMAGES.names) | {"id": image_id(data), "uri": "x.png", "image": data, "turns": []}
-    return row | {"height": height, "width": width, "masks": [], "boxes": []} | more
+    return row | {"height": height, "width": width, "masks": [], "boxes": [], "clicks": []} | more
 
 
 def picture(seed: int, height: int = 40, width: int = 60, **more: Any) -> dict[str, Any]:
@@ -158,16 +160,22 @@ def test_recorded_depth_that_says_nothing_is_refused_and_its_neighbours_are_kept
     slope = millimetres(np.arange(2400).reshape(40, 60) + 1000)
     depths = [slope, None, millimetres(np.full((40, 60), 700)), millimetres(np.zeros((40, 60))), slope]
     rows = [picture(seed, recorded_depth=depth) for seed, depth in enumerate(depths)]
-    made = shards.process(RecordedWorker(), "images", rows, "depth")
+    made = shards.process(DepthWorker(MapSource(RECORDED, RECORDED, "float32", 4, 1)), "images", rows, "depth")
     found = [(reject.row, reject.reason) for reject in made.rejects]
     assert found == [(1, Reason.NO_RECORDED_DEPTH), (2, Reason.CONSTANT_DEPTH), (3, Reason.CONSTANT_DEPTH)]
     assert made.table["id"].to_pylist() == [rows[0]["id"], rows[4]["id"]]
 
 
-def poisoned(worker: TeacherWorker, poison: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def taught(teacher: Path, batch_size: int) -> DepthWorker:
+    digest = DepthTeacher.from_pretrained(teacher).digest
+    return DepthWorker(MapSource(str(teacher), digest, "float32", batch_size, 1))
+
+
+def poisoned(worker: DepthWorker, poison: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The model's answer to black images is poisoned, all others are its own."""
     black: list[torch.Tensor] = []
-    model = worker.teacher.model
+    assert isinstance(worker.maps, TeacherMaps)
+    model = worker.maps.teacher.model
     model.register_forward_pre_hook(
         lambda _, __, inputs: black.append(inputs["pixel_values"].std((1, 2, 3)) < 0.2), with_kwargs=True
     )
@@ -193,7 +201,7 @@ def test_a_teacher_without_an_answer_costs_only_that_image(
 ) -> None:
     black = encoded(np.zeros((40, 60, 3), np.uint8), "PNG")
     rows = [picture(0), image_row(black, 40, 60), picture(1), picture(2)]
-    worker = TeacherWorker(str(teacher), "float32", batch_size=4, threads=1)
+    worker = taught(teacher, 4)
     poisoned(worker, lambda depth: torch.full_like(depth, value))
     made = shards.process(worker, "images", rows, "depth")
     assert [(reject.row, reject.reason, reject.uri) for reject in made.rejects] == [(1, reason, "x.png")]
@@ -205,7 +213,7 @@ def test_an_image_too_narrow_for_the_teacher_is_refused(shards: Shards, teacher:
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"keep_aspect_ratio": True}))
     rows = [picture(0), picture(1, 3, 400), picture(2)]
-    made = shards.process(TeacherWorker(str(folder), "float32", 4, 1), "images", rows, "depth")
+    made = shards.process(taught(folder, 4), "images", rows, "depth")
     assert [(reject.row, reject.reason) for reject in made.rejects] == [(1, Reason.TOO_SMALL)]
     assert made.table.num_rows == 2
 
@@ -309,7 +317,9 @@ def test_random_recorded_depth_is_kept_or_refused(
     rows = between(found(PNG, depth=tail), found(JPEG, depth=whole[: 8 + len(tail)] + tail), found(WEBP, depth=whole))
     made = shards.ingest(worker, rows)
     check_neighbours(made, 5)
-    stored = shards.process(RecordedWorker(), "images", made.table.to_pylist(), "depth")
+    stored = shards.process(
+        DepthWorker(MapSource(RECORDED, RECORDED, "float32", 4, 1)), "images", made.table.to_pylist(), "depth"
+    )
     assert stored.table["id"].to_pylist()[0] == made.table["id"].to_pylist()[0]
 
 
@@ -321,7 +331,7 @@ def test_images_of_any_size_get_a_map_or_are_refused(
     shards = Shards(open_root(str(tmp_path_factory.mktemp("sizes"))))
     odd = [picture(seed, height, width) for height, width, seed in sizes]
     rows = list({row["id"]: row for row in [picture(90), *odd, picture(91)]}.values())
-    made = shards.process(TeacherWorker(str(teacher), "float32", 3, 1), "images", rows, "depth")
+    made = shards.process(taught(teacher, 3), "images", rows, "depth")
     assert {rows[0]["id"], rows[-1]["id"]} <= set(made.table["id"].to_pylist())
 
 
