@@ -216,7 +216,7 @@ def test_nodes_follow_from_actors_and_workers(recipe: Recipe, objects: dict[str,
         "depth.yaml": ("spot", 4, 32),
         "masks.yaml": ("spot", 4, 32),
         "codebook.yaml": ("cpu", 1, 1),
-        "tokenize.yaml": ("spot", 2, 16),
+        "tokenize.yaml": ("spot", 4, 32),
         "assemble.yaml": ("cpu", 1, 8),
         "train.yaml": ("training", 4, 4),  # 32 workers, 8 to a node, all at once
         "evaluate.yaml": ("spot", 4, 8),
