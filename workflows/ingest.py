@@ -191,7 +191,8 @@ def _image_row(key: str, image: StoredImage, found: Found) -> Row | Reject:
     parts = {"boxes": record.boxes, "masks": record.masks, "clicks": record.clicks}
     counts = {name: len(part) for name, part in parts.items() if part}
     if len(set(counts.values())) > 1:
-        return refuse(Reason.BAD_RECORD, f"{counts}: one per object, so all alike, or none")
+        told = " but ".join(f"{number} {name}" for name, number in counts.items())
+        return refuse(Reason.BAD_RECORD, f"{told}: one of each per object, or none")
     count = max(counts.values(), default=0)
     for turn in record.turns:
         if any(not 0 <= i < count for i in turn.objects):

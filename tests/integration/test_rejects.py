@@ -58,6 +58,7 @@ CASES_ELSEWHERE = {  # and those whose cases lie in another file of tests
     "perceptio/sources/web.py": "unit/test_sources_*.py",
     "perceptio/sources/webdataset.py": "unit/test_sources_*.py",
     "workflows/assemble.py": "integration/test_reject_stages.py",
+    "workflows/teacher_maps.py": "integration/test_reject_stages.py",
     "workflows/depth.py": "integration/test_reject_stages.py",
     "workflows/doubles.py": "unit/test_doubles.py",
     "workflows/drop.py": "integration/test_upkeep.py",
@@ -198,9 +199,10 @@ RECORD_CASES = {
         INGEST, Reason.MASK_OUTSIDE_IMAGE, "outside", PNG, {"boxes": [[60.1, 5, 60.4, 20]]}
     ),
     "mask of another image": Case(INGEST, Reason.BAD_MASK, "mask is 30 x 60", PNG, {"masks": [MASK | {"height": 30}]}),
-    "mask of 4 gigapixels": Case(
-        INGEST, Reason.BAD_MASK, "65535 x 65535", PNG, {"masks": [{"height": 65535, "width": 65535, "counts": "oooo_"}]}
+    "mask of 256 megapixels": Case(
+        INGEST, Reason.BAD_MASK, "16000 x 16000", PNG, {"masks": [{"height": 16000, "width": 16000, "counts": "oooo_"}]}
     ),
+    "click outside the image": Case(INGEST, Reason.MASK_OUTSIDE_IMAGE, "click (99.0, 5.0)", PNG, {"clicks": [[99, 5]]}),
     "run lengths too short": Case(INGEST, Reason.BAD_MASK, "cover", PNG, {"masks": [MASK | {"counts": "52"}]}),
     "run lengths of other letters": Case(INGEST, Reason.BAD_MASK, "letters", PNG, {"masks": [MASK | {"counts": "!"}]}),
     "run lengths cut off": Case(INGEST, Reason.BAD_MASK, "cut off", PNG, {"masks": [MASK | {"counts": "o"}]}),
