@@ -2,7 +2,7 @@
 
 pytest -m proof                          all proofs, figures into runs/proof
 pytest -m proof --proofs-to docs/proof   the same, into the files that are committed (`make proof`)
-pytest -m proof --one-proof              one of them, a different one from commit to commit (`.ci/run`)
+pytest -m proof --one-proof              one of those in docs/proof, another from commit to commit (`.ci/run`)
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--one-proof"):
         return
-    proofs = [item for item in items if item.get_closest_marker("proof")]
+    # those that were run once and passed: of the others nobody knows yet how long they take
+    done = {path.stem for path in (CHECKOUT / "docs" / "proof").glob("*.json")}
+    marked = [item for item in items if item.get_closest_marker("proof")]
+    proofs = [item for item in marked if item.name.removeprefix("test_") in done]
     count = int(_git("rev-list", "--count", "HEAD"))  # of commits: the next commit has the next proof
     items[:] = proofs[count % len(proofs) : count % len(proofs) + 1] if proofs else []
 
