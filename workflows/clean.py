@@ -50,8 +50,8 @@ def _strays(table: Table, now: float) -> Iterator[Stray]:
     commits = table.committed()
     finished, lost = table.manifest() is not None, set(table.lost(commits))
     for name in table.unnamed(commits):
-        if PART.match(posixpath.basename(name)) is None:
-            continue  # not ours to judge
+        if PART.fullmatch(posixpath.basename(name)) is None:
+            continue  # not ours to judge, or a draft: see _drafts
         path = posixpath.normpath(posixpath.join(table.name, table.source, name))
         size, age = table.root.size_and_age(path, now)
         if name in lost:

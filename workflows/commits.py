@@ -44,7 +44,7 @@ STAGE_OF = {
     "samples": "assemble",
 }
 PLAN = "plan.json"
-PART = re.compile(r"part-(\d+)(?:\.(\d+))?-")
+PART = re.compile(r"part-(\d+)(?:\.(\d+))?-[^~]+\.parquet")  # with a ~ behind it is a draft, which may be growing
 MARKER = re.compile(r"(\d+)(?:\.(\d+))?\.json")
 
 
@@ -252,7 +252,7 @@ class Table:
         All others may be someone's work that is about to be committed.
         """
         commits = self.committed() if commits is None else commits
-        parts = [(path, PART.match(posixpath.basename(path))) for path in self.unnamed(commits)]
+        parts = [(path, PART.fullmatch(posixpath.basename(path))) for path in self.unnamed(commits)]
         return [
             path
             for path, part in parts
@@ -319,7 +319,7 @@ def _revision(shard: int, revision: int) -> str:
 
 def shard_of(path: str) -> int:
     """The number of the shard whose part file lies at `path`."""
-    part = PART.match(posixpath.basename(path))
+    part = PART.fullmatch(posixpath.basename(path))
     if part is None:
         raise DamagedTableError(
             f"a marker names file '{path}', expected part-NUMBER-ATTEMPT.parquet: restore the marker"
