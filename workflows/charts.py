@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 WIDTH, HEIGHT = 300.0, 110.0  # of a curve's plot, in its own units
 SMOOTHING = 0.03  # share of the steps that a smoothed point looks back over
@@ -45,6 +47,28 @@ class Bar:
     share: float
 
 
+@dataclass(frozen=True)
+class Column:
+    """One bar of a histogram, in the units of its plot."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    said: str  # what the pointer is told
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often values lie where."""
+
+    title: str
+    low: str  # the value at the left edge
+    high: str
+    top: str  # of the tallest bar
+    bars: list[Column]
+
+
 def curves(
     title: str, steps: Sequence[int], values: Sequence[float], apart: Mapping[str, Sequence[float | None]]
 ) -> Chart:
@@ -77,6 +101,35 @@ def bars(seconds: Mapping[str, float]) -> list[Bar]:
     """One bar a stage."""
     longest = max([*seconds.values(), 1e-9])
     return [Bar(name, f"{value:.1f}", round(100 * value / longest, 1)) for name, value in seconds.items()]
+
+
+def histogram(title: str, values: npt.NDArray[Any], bins: int, span: tuple[float, float] | None = None) -> Histogram:
+    """The values' counts in bins of one width, from the smallest to the largest or over `span`; whole numbers whole."""
+    finite = values[np.isfinite(values)] if len(values) else np.zeros(0)
+    whole = np.issubdtype(values.dtype, np.integer)
+    if span is None:
+        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
+        span = (float(low), float(high) + whole) if whole or high > low else (float(low) - 0.5, float(high) + 0.5)
+        bins = min(bins, int(span[1] - span[0])) if whole else bins
+    counts, edges = np.histogram(finite, bins, span)
+    said = [f"{a:.4g} to {b:.4g}: {n:,}" for n, a, b in zip(counts, edges[:-1], edges[1:], strict=True)]
+    right = span[1] - 1 if whole else span[1]
+    return Histogram(title, f"{span[0]:.4g}", f"{right:.4g}", f"{counts.max():,}", _columns(counts.tolist(), said))
+
+
+def usage(title: str, counts: Sequence[int]) -> Histogram:
+    """A bar a code, in the order of the codes."""
+    said = [f"code {code}: {count:,}" for code, count in enumerate(counts)]
+    return Histogram(title, "code 0", f"code {len(counts) - 1}", f"{max(counts):,}", _columns(counts, said))
+
+
+def _columns(counts: Sequence[int], said: Sequence[str]) -> list[Column]:
+    width, top = WIDTH / len(counts), max(max(counts), 1)
+    heights = [round(HEIGHT * count / top, 2) for count in counts]
+    return [
+        Column(round(i * width, 2), round(HEIGHT - height, 2), round(0.9 * width, 2), height, text)
+        for i, (height, text) in enumerate(zip(heights, said, strict=True))
+    ]
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float | None]:

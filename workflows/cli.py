@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,8 @@ RECIPES = Path(__file__).parent / "recipes"
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of a shipped one.")]
 RootOption = Annotated[str | None, typer.Option("--root", help="Folder or s3:// address instead of the recipe's root.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be given several times.")]
+
+Reported = Literal["ingest", "depth", "masks", "codebook", "tokenize", "assemble"]
 
 app = typer.Typer(
     name="perceptio",
@@ -206,6 +208,19 @@ def clean(
             typer.echo(f"{stray.path}  {stray.size:,} bytes: {stray.why}")
         verb = "deleted" if yes else "may go: add --yes to delete them"
         typer.echo(f"{len(found)} files, {sum(stray.size for stray in found):,} bytes, {verb}")
+
+
+@app.command()
+def report(
+    stage: Annotated[Reported, typer.Argument(help="The stage to report on.")],
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """A page about one data stage: counts, histograms, pictures, refused rows by reason."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        typer.echo(importlib.import_module("workflows.stage_report").run(loaded, stage))
 
 
 @app.command()

@@ -26,12 +26,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from perceptio.depth.codebook import DepthCodebook
 from schemas.manifest import Licence, Manifest
+from schemas.plan import Plan
 from schemas.recipe import Recipe, section_digest
 from workflows import codebook_worker, runtime
 from workflows.codebook_sample import HELD_OUT_EVERY, Part, sample
 from workflows.codebook_worker import REPORT
 from workflows.commits import Table, require_same
 from workflows.folders import publish_first, run_storage
+from workflows.planned import codebook_planned_and_actual, read_plan
 from workflows.store import Root, StageError, open_root
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def run(recipe: Recipe) -> None:
         result = _trainer(recipe, root, parts, name, attempt, inputs["convention"]).fit()
         standing = root.manifest("codebook") or _publish(
             root,
+            read_plan(root, recipe),
             result,
             parts,
             tables,
@@ -156,7 +159,9 @@ def _trainer(recipe: Recipe, root: Root, parts: list[Part], name: str, attempt: 
     )
 
 
-def _publish(root: Root, result: Result, parts: list[Part], tables: dict[str, Manifest], **fields: Any) -> Manifest:
+def _publish(
+    root: Root, plan: Plan | None, result: Result, parts: list[Part], tables: dict[str, Manifest], **fields: Any
+) -> Manifest:
     """The manifest of codebook/: ours, or that of an attempt which was first. It is named by the codebook's own digest,
     so that its report and pictures are no part of what codes and models depend on."""
     assert result.checkpoint is not None and result.metrics is not None  # rank 0 reports one, or fit() has raised
@@ -176,6 +181,8 @@ def _publish(root: Root, result: Result, parts: list[Part], tables: dict[str, Ma
             "resumed_at": result.metrics["resumed_at"],
             "pace": result.metrics.get("pace"),  # None where an attempt before had learnt it
         }
+        if extra["pace"] is not None and not extra["resumed_at"]:
+            extra |= codebook_planned_and_actual(plan, fields["seconds"])
         return publish_first(
             root, Path(folder), "codebook", digest=digest, stage="codebook", read=rows, kept=rows, extra=extra, **fields
         )

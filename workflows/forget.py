@@ -3,7 +3,8 @@
     perceptio forget --recipe RECIPE ID [ID ...]
 
 Reads   every table of every source, the manifests of codebook and model
-Writes  new revisions of the shards that held an id, without it; ROOT/forgotten/; FORGOTTEN.json beside what saw them
+Writes  new revisions of the shards that held an id, without it; ROOT/forgotten/; FORGOTTEN.json beside what saw them;
+        deletes all reports, for they show pictures
 Needs   memory for one shard
 
 Of a forgotten image only its id stays, a hash of its bytes, so that `ingest` refuses it when it comes again. The
@@ -68,6 +69,7 @@ def run(recipe: Recipe, ids: Collection[str]) -> Forgotten:
             taken, changed[kind] = _taken_out(table, wanted, changed)
             if taken:
                 rows[str(table)] = taken
+    root.delete_many(["report.html", *(f"reports/{stage}/report.html" for stage in root.folders("reports"))])
     for folder in marked:
         root.write(request.model_dump_json(indent=1).encode(), folder, FORGOTTEN_NAME)
     if not rows:

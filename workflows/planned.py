@@ -53,3 +53,11 @@ def planned_and_actual(
             "hours": wall / 3600,
         },
     }
+
+
+def codebook_planned_and_actual(plan: Plan | None, seconds: float) -> dict[str, Any]:
+    """The same of the codebook, which was learnt in one go in these wall-clock seconds; {} where it was not planned."""
+    if plan is None:
+        return {}
+    stage = plan.stage("codebook")
+    return {"planned": {"hours": stage.hours - stage.preparing_hours}, "actual": {"hours": seconds / 3600}}

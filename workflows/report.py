@@ -14,12 +14,10 @@ import importlib.metadata
 import io
 import json
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -34,7 +32,8 @@ from workflows.charts import Chart, Whisker, bars, curves, whisker
 from workflows.commits import Table
 from workflows.folders import local_copy
 from workflows.held_out import STEPS, Picture, inv_depth, read_pictures, resized
-from workflows.pictures import data_uri, depth_colours, depth_scale, tinted
+from workflows.page import render
+from workflows.pictures import data_uri, depth_colours, tinted
 from workflows.store import Root, StageError, open_root
 
 SHOWN = 12  # held-out scenes with pictures
@@ -109,12 +108,9 @@ def write_report(recipe: Recipe, seconds: Mapping[str, float] | None = None) -> 
     summary = {"metrics": evaluation["metrics"], "seconds": spent, "versions": versions}
     root.write(json.dumps(summary, indent=1).encode(), "report.json")
     charts = loss_curves(root)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("workflows", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         recipe=recipe,
-        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         groups=figure_groups(evaluation["metrics"]),
         scenes=scenes(recipe, root, evaluation["evaluation"]),
         headlines=[figure(name, evaluation["metrics"][name]) for name in HEADLINES if name in evaluation["metrics"]],
@@ -124,7 +120,6 @@ def write_report(recipe: Recipe, seconds: Mapping[str, float] | None = None) -> 
         total=_duration(sum(spent.values())),
         served=served(root),
         versions=versions,
-        scale=depth_scale(),
         verdicts=VERDICTS,
     )
     root.write(page.encode(), "report.html")

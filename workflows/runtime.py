@@ -1,9 +1,4 @@
-"""The one adapter between the data stages and Ray: start-up, shards through an actor pool, progress, manifests.
-
-A stage gives `run_shards` a worker class and, for each source, the table to fill. Each actor of one Ray Data pool works
-through whole shards and commits them itself; only the small commit records travel back. What is committed is never
-done again, so a stage that was interrupted is finished by starting it again.
-"""
+"""What every stage needs of the engine and the machine: Ray's start-up, who did it with which code, work done ahead."""
 
 from __future__ import annotations
 

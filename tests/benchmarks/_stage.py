@@ -1,24 +1,25 @@
 """A data stage on two actors beside a bare loop on two processes: the same shards, method and machine.
 
-Both sides take shards from a queue, two at a time, and write one Parquet file for each. The rate is taken from the
-files' times: rows of all shards but the first of either worker, over the seconds from the second file to the last. So
-start-up (Ray, imports, loading a model) is out of it on both sides, and all that happens between two shards is in it.
-The sides take turns; the value is the median of the rounds' ratios. On a machine that does other work, too, it says
-little: the load average before each round is among the rows.
+Both sides take shards from a queue, two at a time, and write one Parquet file for each. They are started one after the
+other; once each has made its first files they take turns, a few seconds each, while the other side's processes are all
+stopped (SIGSTOP): the driver, Ray's own and the actors, or the bare loop's. So whatever else the machine does, or how
+fast its clock runs, meets both alike. A side's rate is the slope of its finished shards over its own running time, so
+start-up (Ray, imports, loading a model) is out of it and is told apart, and all that happens between two shards is in.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray
 import skimage
@@ -34,9 +35,14 @@ from workflows.store import open_root
 
 RECIPE = Path(ingest.__file__).parent / "recipes" / "rooms.yaml"
 WORKERS = 2
+RAYS_NICENESS = 15  # of its workers; the bare loop's have the same, or other work on the machine would meet one side more
+TURN_S = 3.0
+LEAST = 8  # shards of either side that a slope is made of
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 Make = Callable[[Path, Path], None]  # one shard: the file read, the file written
+Stage = Callable[[Recipe], None]
+Times = list[float]
 
 
 def recipe_at(root: Path, source: dict[str, Any], **settings: Any) -> Recipe:
@@ -73,79 +79,143 @@ def put(root: Path, name: str, shards: Iterable[pa.Table], inputs: dict[str, str
     return table.finish(table.committed(), **fields)
 
 
-def compare(
-    root: Path, over: str, made: str, run: Callable[[], None], loader: Callable[[], Make], rows: int, rounds: int
-) -> list[dict[str, Any]]:
-    """One row a round: rows/s and seconds of start-up of the stage and of the bare loop, and their ratio.
+class Side:
+    """The processes of one side, with all that they start, the files that they finish, and when they were running."""
 
-    run is the stage on `root`, which makes the table `made`; loader gives, in a process of its own, the function that
-    makes one of its files from one of the files of the table `over`.
+    def __init__(self, processes: list[Any], files: Callable[[], Iterable[Path]], wanted: int) -> None:
+        self.processes, self.files, self.wanted = processes, files, wanted
+        self.turns: list[tuple[float, float]] = []
+        self.began = time.time()
+        for process in processes:
+            process.start()
+
+    def times(self) -> Times:
+        """When each finished file was written, in order."""
+        return sorted(path.stat().st_mtime for path in self.files())
+
+    def wait_for(self, count: int) -> None:
+        """Waits for so many finished files."""
+        while len(self.times()) < count:
+            if any(process.exitcode not in (None, 0) for process in self.processes):
+                raise RuntimeError(f"a side ended with exit codes {[p.exitcode for p in self.processes]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Stops every process; what they have begun waits."""
+        self.each(psutil.Process.suspend)
+
+    def take_turn(self) -> None:
+        """Runs for TURN_S."""
+        began = time.time()
+        self.each(psutil.Process.resume)
+        while time.time() < began + TURN_S and len(self.times()) < self.wanted:
+            time.sleep(0.05)
+        self.each(psutil.Process.suspend)
+        self.turns.append((began, time.time()))
+
+    def end(self) -> None:
+        """Lets the side finish what is left, and its processes end."""
+        self.each(psutil.Process.resume)
+        for process in self.processes:
+            process.join()
+            assert process.exitcode == 0
+
+    def rate(self, rows: int) -> float:
+        """Rows/s: the slope of finished files, each of so many rows, over the time of the side's own turns."""
+        found = [(self._ran(at), at) for at in self.times() if self.turns[0][0] < at <= self.turns[-1][1]]
+        assert len(found) >= LEAST, f"{len(found)} shards were finished in turns, expected {LEAST}: give more of them"
+        ran = [seconds for seconds, _ in found]
+        return rows * statistics.linear_regression(ran, range(len(ran))).slope
+
+    def _ran(self, moment: float) -> float:
+        return sum(min(moment, end) - began for began, end in self.turns if began < moment)
+
+    def each(self, do: Callable[[psutil.Process], None]) -> None:
+        """Does it to every process of the side."""
+        for process in self.processes:
+            try:
+                tree = psutil.Process(process.pid)
+                for one in (tree, *tree.children(recursive=True)):
+                    do(one)
+            except psutil.NoSuchProcess:
+                continue  # it ended
+
+
+def compare(
+    root: Path,
+    over: str,
+    made: str,
+    stage: Callable[[Recipe], None],
+    recipe: Recipe,
+    loader: Callable[[], Make],
+    rows: int,
+) -> list[dict[str, Any]]:
+    """One row a side: rows/s, and seconds from its start to its first file.
+
+    stage makes the table `made` under `root`, of the recipe; loader gives, in a process of its own, the function that
+    makes one of its files from one of the files of the table `over`. Both are functions of modules, to be sent there.
     """
-    found = []
-    for number in range(rounds):
-        for folder in (made, "rejects"):
-            shutil.rmtree(root / folder, ignore_errors=True)
-        load, began = os.getloadavg()[0], time.time()
-        run()
-        engine = _rate([path.stat().st_mtime for path in (root / made / "data" / "_commits").glob("0*.json")], rows)
-        first = min(path.stat().st_mtime for path in (root / made / "data").glob("part-*"))
-        bare, waited = _bare(sorted((root / over / "data").glob("part-*")), root / "bare", loader, rows)
-        found.append(
-            {
-                "round": number,
-                "load_before": load,
-                "rows_per_s": engine,
-                "bare_rows_per_s": bare,
-                "ratio": engine / bare,
-                "seconds_to_first_shard": first - began,
-                "bare_seconds_to_first_shard": waited,
-            }
-        )
-    return found
+    load, context = os.getloadavg()[0], multiprocessing.get_context("spawn")
+    files = sorted((root / over / "data").glob("part-*"))
+    queue: Any = context.Queue()
+    for path in [*files, *[None] * WORKERS]:
+        queue.put(path)
+    (root / "bare").mkdir()
+    workers = [context.Process(target=_work, args=(queue, root / "bare", loader)) for _ in range(WORKERS)]
+    bare = Side(workers, lambda: (root / "bare").glob("part-*"), len(files))
+    with _ended(bare):
+        bare.wait_for(WORKERS)
+        bare.stop()
+        driver = context.Process(target=_drive, args=(stage, recipe.model_dump_json()))
+        engine = Side([driver], lambda: (root / made / "data" / "_commits").glob("0*.json"), len(files))
+        with _ended(engine):
+            engine.wait_for(WORKERS)
+            engine.stop()
+            while all(len(side.times()) < side.wanted for side in (engine, bare)):
+                for side in (engine, bare):
+                    side.take_turn()
+            measured = {"stage": engine.rate(rows), "bare loop": bare.rate(rows)}
+            engine.end()
+        bare.end()
+    assert len(bare.times()) == len(engine.times()) == len(files)
+    sides = {"stage": engine, "bare loop": bare}
+    return [
+        {
+            "side": name,
+            "rows_per_s": measured[name],
+            "seconds_to_first_shard": side.times()[0] - side.began,
+            "turns": len(side.turns),
+            "load_before": load,
+        }
+        for name, side in sides.items()
+    ]
 
 
 def result(name: str, what: str, bar: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A benchmark's result: the median ratio of its rounds."""
-    value = statistics.median(row["ratio"] for row in rows)
+    """A benchmark's result: the stage's rate over the bare loop's."""
+    rate = {row["side"]: row["rows_per_s"] for row in rows}
+    value = rate["stage"] / rate["bare loop"]
     fields = {"value": value, "unit": "x", "bar": bar, "higher_is_better": True, "holds": value >= bar}
     return {"name": name, "what": what, **fields, "rows": rows}
 
 
-def stop_ray() -> None:
-    """Ends the Ray that the stages started."""
+@contextmanager
+def _ended(side: Side) -> Iterator[None]:
+    """No process of the side is left, stopped or not, when something fails."""
+    try:
+        yield
+    finally:
+        if any(process.is_alive() for process in side.processes):
+            side.each(psutil.Process.kill)
+
+
+def _drive(stage: Stage, recipe: str) -> None:
+    stage(Recipe.model_validate_json(recipe))
     ray.shutdown()
 
 
-def _rate(times: list[float], rows: int) -> float:
-    ordered = sorted(times)
-    return rows * (len(ordered) - WORKERS) / (ordered[-1] - ordered[WORKERS - 1])
-
-
-def _bare(files: list[Path], folder: Path, loader: Callable[[], Make], rows: int) -> tuple[float, float]:
-    """Rows/s of the bare loop, and seconds until its first file."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    context = multiprocessing.get_context("spawn")
-    queue: Any = context.Queue()
-    for path in files:
-        queue.put(path)
-    for _ in range(WORKERS):
-        queue.put(None)
-    barrier = context.Barrier(WORKERS)
-    workers = [context.Process(target=_work, args=(queue, barrier, folder, loader)) for _ in range(WORKERS)]
-    began = time.time()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    times = [path.stat().st_mtime for path in folder.glob("part-*")]
-    assert len(times) == len(files)
-    return _rate(times, rows), min(times) - began
-
-
-def _work(queue: Any, barrier: Any, folder: Path, loader: Callable[[], Make]) -> None:
+def _work(queue: Any, folder: Path, loader: Callable[[], Make]) -> None:
+    os.nice(RAYS_NICENESS)
     make = loader()
-    barrier.wait()
     while (path := queue.get()) is not None:
         make(path, folder / path.name)

@@ -29,11 +29,11 @@ from transformers import (
 from perceptio.data.images import encode_jpeg
 from perceptio.data.maps import pack_map
 from schemas.tables import DEPTH, IMAGES
-from tests.benchmarks._stage import Make, compare, photographs, put, recipe_at, result, stop_ray
+from tests.benchmarks._stage import Make, compare, photographs, put, recipe_at, result
 from workflows import depth
 
 SIZE = (252, 336)  # multiples of 14, so that the model takes them as they are
-SHARDS, ROWS, BATCH, ROUNDS, BAR = 10, 16, 8, 3, 0.95
+SHARDS, ROWS, BATCH, BAR = 22, 16, 8, 0.95
 
 
 def write_teacher(folder: Path) -> Path:
@@ -111,8 +111,5 @@ def run() -> dict[str, Any]:
         source = {"name": "data", "format": "folder", "path": str(folder)}
         recipe = recipe_at(folder, source, depth__teacher=teacher, depth__batch_size=BATCH)
         load = partial(load_bare, teacher, BATCH)
-        try:
-            rows = compare(folder, "images", "depth", lambda: depth.run(recipe), load, ROWS, ROUNDS)
-        finally:
-            stop_ray()
+        rows = compare(folder, "images", "depth", depth.run, recipe, load, ROWS)
     return result("depth", f"depth, 24.8 M parameters at {SIZE[1]} x {SIZE[0]}, of a bare loop's rows/s", BAR, rows)

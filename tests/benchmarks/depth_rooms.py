@@ -11,12 +11,12 @@ import numpy as np
 
 from perceptio.data.images import encode_png
 from perceptio.rooms.render import render_room
-from tests.benchmarks._stage import compare, put, recipe_at, result, stop_ray
+from tests.benchmarks._stage import compare, put, recipe_at, result
 from tests.benchmarks.depth import image_rows, load_bare
 from workflows import depth
 from workflows.runtime import shipped
 
-SIZE, SHARDS, ROWS, BATCH, ROUNDS, BAR = 128, 14, 100, 16, 3, 0.85
+SIZE, SHARDS, ROWS, BATCH, BAR = 128, 30, 100, 16, 0.85
 
 
 def run() -> dict[str, Any]:
@@ -31,8 +31,5 @@ def run() -> dict[str, Any]:
         put(folder, "images", shards)
         recipe = recipe_at(folder, {"name": "data", "format": "folder", "path": str(folder)}, depth__batch_size=BATCH)
         load = partial(load_bare, shipped("teacher"), BATCH)
-        try:
-            rows = compare(folder, "images", "depth", lambda: depth.run(recipe), load, ROWS, ROUNDS)
-        finally:
-            stop_ray()
+        rows = compare(folder, "images", "depth", depth.run, recipe, load, ROWS)
     return result("depth_rooms", f"depth, rooms teacher at {SIZE} px, of a bare loop's rows/s", BAR, rows)

@@ -17,7 +17,7 @@ import ray
 from perceptio.data.images import encode_png
 from perceptio.depth.teacher import TeacherCard
 from schemas.recipe import Recipe
-from tests.benchmarks._stage import photographs, recipe_at, stop_ray
+from tests.benchmarks._stage import photographs, recipe_at
 from tests.benchmarks.tokenize import write_codebook
 from workflows import assemble, depth, ingest, tokenize_depth
 from workflows.folders import publish
@@ -45,7 +45,7 @@ def _make(folder: Path) -> None:
     publish(open_root(recipe.root), write_codebook(folder / "codebook"), "codebook", **fields)
     for stage in STAGES.values():
         stage(recipe)
-    stop_ray()
+    ray.shutdown()
 
 
 def run() -> dict[str, Any]:

@@ -22,13 +22,13 @@ from perceptio.depth.codec import DepthCodec
 from perceptio.depth.teacher import inv_depth_from_metric
 from perceptio.rooms.render import render_room
 from schemas.tables import CODES, DEPTH
-from tests.benchmarks._stage import Make, compare, put, recipe_at, result, stop_ray
+from tests.benchmarks._stage import Make, compare, put, recipe_at, result
 from workflows import tokenize_depth
 from workflows.folders import publish
 from workflows.store import open_root
 from workflows.teacher_maps import CONVENTION
 
-SIZE, SHARDS, ROWS, BATCH, ROUNDS, BAR = 256, 14, 200, 32, 3, 0.9
+SIZE, SHARDS, ROWS, BATCH, BAR = 256, 36, 200, 32, 0.9
 
 
 def write_codebook(folder: Path) -> Path:
@@ -88,10 +88,5 @@ def run() -> dict[str, Any]:
         recipe = recipe_at(
             folder, {"name": "data", "format": "folder", "path": str(folder)}, tokenize__batch_size=BATCH
         )
-        try:
-            rows = compare(
-                folder, "depth", "codes", lambda: tokenize_depth.run(recipe), partial(load_bare, codebook), ROWS, ROUNDS
-            )
-        finally:
-            stop_ray()
+        rows = compare(folder, "depth", "codes", tokenize_depth.run, recipe, partial(load_bare, codebook), ROWS)
     return result("tokenize", f"tokenize, maps of {SIZE} px, of a bare loop's rows/s", BAR, rows)

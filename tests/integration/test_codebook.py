@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from schemas.tables import DEPTH, REJECTS
-from workflows import codebook
+from workflows import codebook, stage_report
 from workflows.codebook_sample import Part, load_share, sample
 from workflows.commits import Table
 from workflows.store import OtherInputsError, StageError, open_root
@@ -300,3 +301,12 @@ def test_the_sample_is_drawn_by_seed_and_every_row_belongs_to_one_worker(tmp_pat
 
 def span(part: Part) -> range:
     return range(part.first, part.first + part.rows)
+
+
+def test_its_page_shows_usage_history_and_the_contact_sheet(root: Path) -> None:
+    page = Path(stage_report.run(recipe_at(root), "codebook")).read_text(encoding="utf-8")
+    extra = open_root(str(root)).manifest("codebook").extra  # type: ignore[union-attr]
+    told = [int(n.replace(",", "")) for n in re.findall(r"<title>code \d+: ([\d,]+)</title>", page)]
+    assert told == extra["code_counts"] and sum(told) > 0
+    assert page.count('class="smooth"') == 3 and f"MAE {extra['mae']:.4f}" in page
+    assert page.count("data:image/png;base64,") == 1

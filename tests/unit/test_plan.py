@@ -13,7 +13,7 @@ from schemas.recipe_file import load_recipe
 from workflows import estimate, plan, plan_reckon, plan_table
 from workflows.commits import Table
 from workflows.plan_sample import census, pieces
-from workflows.planned import planned_and_actual, read_plan
+from workflows.planned import codebook_planned_and_actual, planned_and_actual, read_plan
 from workflows.store import DamagedTableError, StageError, open_root
 
 ROOMS = Path(plan.__file__).parent / "recipes" / "rooms.yaml"
@@ -187,6 +187,14 @@ def test_a_manifest_says_what_was_planned_beside_what_became_of_it(tmp_path: Pat
     assert found["actual"] == {"rows": 700, "bytes": 5, "rows_per_s_actor": 2.0, "hours": 2.0}
     other = Table(root, "images", "added-later")
     assert planned_and_actual(read_plan(root, recipe), other, rows=1, seconds=1, wall=1, size=1) == {}
+
+
+def test_a_codebooks_hours_stand_beside_its_plan() -> None:
+    recipe = load_recipe(ROOMS)
+    made = whole(recipe)
+    made = made.model_copy(update={"stages": (*made.stages, stage("codebook"))})
+    assert codebook_planned_and_actual(made, 7200) == {"planned": {"hours": 2.5}, "actual": {"hours": 2.0}}
+    assert codebook_planned_and_actual(None, 7200) == {}
 
 
 def test_a_plan_of_another_recipe_is_not_compared_with(tmp_path: Path) -> None:
