@@ -35,7 +35,7 @@ from workflows.store import open_root
 
 RECIPE = Path(ingest.__file__).parent / "recipes" / "rooms.yaml"
 WORKERS = 2
-RAYS_NICENESS = 15  # of its workers; the bare loop's have the same, or other work on the machine would meet one side more
+NICENESS = 15  # Ray's for its workers; the bare loop has the same, so that other work on the machine meets both alike
 TURN_S = 3.0
 LEAST = 8  # shards of either side that a slope is made of
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
@@ -215,7 +215,7 @@ def _drive(stage: Stage, recipe: str) -> None:
 
 
 def _work(queue: Any, folder: Path, loader: Callable[[], Make]) -> None:
-    os.nice(RAYS_NICENESS)
+    os.nice(NICENESS)
     make = loader()
     while (path := queue.get()) is not None:
         make(path, folder / path.name)
