@@ -19,7 +19,8 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,11 @@ from workflows.shards import Job, Reject, ShardResult, Work, shards_of, stored_r
 from workflows.store import DamagedTableError, open_root
 
 READERS = 4  # threads of one actor; reading and decoding release the interpreter
+AT_ONCE = 4  # files that are handed to a thread at once
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+Reading = Callable[[], Iterator[Found | Refused]]
 
 
 class IngestWorker:
@@ -85,11 +88,19 @@ class IngestWorker:
         """What becomes of each row, in order; single files are read in parallel, large ones as a stream."""
         for is_file, group in itertools.groupby(items, key=lambda item: item.rows == 1 or bool(item.reason)):
             if is_file:
-                files = ahead(lambda item: [self._row(one) for one in _read(source, item)], group, **_AHEAD)
-                yield from itertools.chain.from_iterable(files)
+                found = (partial(_read, source, item) for item in group)
+                yield from self._made(found)
             else:
                 for item in group:
-                    yield from ahead(self._row, source.read(item), **_AHEAD)
+                    yield from self._made(partial(iter, [one]) for one in source.read(item))
+
+    def _made(self, readings: Iterable[Reading]) -> Iterator[Row | Reject]:
+        """The rows of what each reading gives, in order; some readings are handed to a thread at once."""
+
+        def rows(part: Sequence[Reading]) -> list[Row | Reject]:
+            return [self._row(one) for read in part for one in read()]
+
+        yield from itertools.chain.from_iterable(ahead(rows, _parts(readings), threads=READERS, depth=READERS + 1))
 
     def _row(self, found: Found | Refused) -> Row | Reject:
         if isinstance(found, Refused):
@@ -104,9 +115,6 @@ class IngestWorker:
         if key in self.forgotten:
             return Reject(Reason.FORGOTTEN, "this image was taken out by `forget`", key)
         return _image_row(key, image, found)
-
-
-_AHEAD = {"threads": READERS, "depth": 4 * READERS}
 
 
 def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
@@ -164,6 +172,12 @@ def _licence(source: Source) -> Licence:
     if isinstance(source, RoomsSource):
         return Licence(part=f"data: {source.name}", source="perceptio.rooms", licence="Apache-2.0")
     return Licence(part=f"data: {source.name}", source=source.path, licence=source.licence)
+
+
+def _parts(readings: Iterable[Reading]) -> Iterator[list[Reading]]:
+    remaining = iter(readings)
+    while part := list(itertools.islice(remaining, AT_ONCE)):
+        yield part
 
 
 def _listing(work: Work) -> list[Row]:

@@ -23,6 +23,9 @@ from schemas.recipe import PoolRecipe, Recipe, section_digest
 from workflows.store import StageError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+# glibc gives every decoded image back to the system and asks for it anew, page by page, in all threads but the first:
+# 8 % of an ingest actor's time. Up to 32 MB it now keeps what was freed, 128 MB at most
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -42,6 +45,8 @@ def start(recipe: Recipe) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name, value in MALLOC.items():
+        os.environ.setdefault(name, value)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(CHECKOUT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, paths)])
@@ -102,6 +107,11 @@ def device() -> str:
     return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"  # asking would start a Ray
 
 
+def threads_beside_a_model() -> int:
+    """One, that works while an accelerator does; none on the CPU, where it would only take the model's core."""
+    return 0 if device() == "cpu" else 1
+
+
 def code_version() -> str:
     """The package's version, and the commit where the code is a git checkout."""
     try:
@@ -116,7 +126,13 @@ def code_version() -> str:
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item], *, threads: int = 1, depth: int = 2) -> Iterator[Made]:
-    """make(item) for each item in order, up to `depth` of them worked on before they are asked for."""
+    """make(item) for each item in order, up to `depth` of them worked on before they are asked for.
+
+    Without threads each is made when it is asked for.
+    """
+    if threads == 0:
+        yield from map(make, items)
+        return
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Made]] = deque()
         for item in items:

@@ -15,7 +15,7 @@ Shape legend: B batch, H, W image height and width, S the codebook's image side,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from schemas.tables import CODES, Reason
 from workflows.commits import Table
 from workflows.folders import local_copy, require
 from workflows.pool import begin, finish, work
-from workflows.runtime import ahead, device, settings_digest
+from workflows.runtime import ahead, device, settings_digest, threads_beside_a_model
 from workflows.shards import Job, Reject, ShardResult, Work, by_id, shards_of
 from workflows.store import OtherInputsError, Root, open_root
 from workflows.teacher_maps import MapSource, Teaching, mapped
@@ -48,7 +48,7 @@ class CodecWorker:
 
     def __init__(self, root: str, batch_size: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.batch_size, self.threads = batch_size, threads
+        self.batch_size, self.threads, self.beside = batch_size, threads, threads_beside_a_model()
         folder = local_copy(open_root(root), "codebook", stage="codebook")
         self.codec = DepthCodec.from_pretrained(folder, device=device())
 
@@ -59,19 +59,27 @@ class CodecWorker:
     def _stored(self, table: pa.Table) -> ShardResult:
         ids, packed = table["id"].to_pylist(), table["inv_depth"]
         parts = [range(i, min(i + self.batch_size, len(ids))) for i in range(0, len(ids), self.batch_size)]
-        made = ahead(lambda part: [self._target(unpack_map(packed[i].as_py())) for i in part], parts)
+        made = ahead(
+            lambda part: self._targets([unpack_map(packed[i].as_py()) for i in part]), parts, threads=self.beside
+        )
         targets = itertools.chain.from_iterable(made)
         return ShardResult(self._codes(zip(ids, targets, strict=True)), len(ids))
 
     def _target(self, inv_depth_HW: npt.NDArray[np.uint16]) -> Tensor:
         """The map at the codebook's size, (1, S, S); always from 16 bits, as maps are stored."""
-        return self.codec.resize(torch.from_numpy(inv_depth_HW.astype(np.float32) / STEPS).unsqueeze(0))
+        return self._targets([inv_depth_HW])[0]
+
+    def _targets(self, maps: Sequence[npt.NDArray[np.uint16]]) -> list[Tensor]:
+        """The same of many maps; those of one size that follow each other at once."""
+        groups = [np.stack(list(group)) for _, group in itertools.groupby(maps, key=lambda map_HW: map_HW.shape)]
+        small = [self.codec.resize(torch.from_numpy(group_BHW.astype(np.float32) / STEPS)) for group_BHW in groups]
+        return [target_SS.unsqueeze(0) for group_BSS in small for target_SS in group_BSS]
 
     def _codes(self, targets: Iterable[tuple[str, Tensor]]) -> pa.Table:
         """The codes table of ids and their small maps, in fixed batches."""
         rows: list[Row] = []
         remaining = iter(targets)
-        encoded = ahead(_rows, self._encoded(remaining))
+        encoded = ahead(_rows, self._encoded(remaining), threads=self.beside)
         for batch in encoded:
             rows += batch
         return pa.Table.from_pylist(rows, schema=CODES)

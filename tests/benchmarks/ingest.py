@@ -23,7 +23,7 @@ from workflows import ingest
 from workflows.listing import listed
 from workflows.store import open_root
 
-SIZE, SHARDS, ROWS, BAR = (480, 640), 36, 150, 0.9
+SIZE, SHARDS, ROWS, BAR = (480, 640), 24, 300, 0.9
 
 
 def load_bare() -> Make:

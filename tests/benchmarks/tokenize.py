@@ -28,7 +28,7 @@ from workflows.folders import publish
 from workflows.store import open_root
 from workflows.teacher_maps import CONVENTION
 
-SIZE, SHARDS, ROWS, BATCH, BAR = 256, 36, 200, 32, 0.9
+SIZE, SHARDS, ROWS, BATCH, BAR = 256, 24, 500, 32, 0.9
 
 
 def write_codebook(folder: Path) -> Path:
