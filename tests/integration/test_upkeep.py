@@ -26,6 +26,7 @@ from workflows.folders import FORGOTTEN_NAME
 from workflows.store import DamagedTableError, StageError, open_root
 
 PER_SHARD = 4  # rows, as in conftest.recipe_of
+pytestmark = pytest.mark.timeout(900)  # a dozen stages a test, each with actors of its own
 Commits = dict[int, ShardCommit]
 
 
