@@ -1,4 +1,4 @@
-"""An actor pool of Ray Data that commits shards, each once: the one adapter between data stages and the engine.
+"""A pool of actors that commits shards, each once: what every data stage runs on.
 
 A stage gives `run_shards` a worker class and, for each source, the table to fill and the table that it is made from
 (`workflows.shards.Job`). Each actor of one pool works through whole shards and commits them itself; only the small
@@ -15,21 +15,21 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import ray.data
 from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Counter as Metric
 
 from schemas.manifest import Manifest, ShardCommit
 from schemas.recipe import PoolRecipe, Recipe
 from schemas.tables import BY_RULE, Reason
+from workflows import actors
 from workflows.commits import Table, require_same
 from workflows.planned import planned_and_actual, read_plan
 from workflows.progress import ShardProgress, summarise
-from workflows.runtime import attempt_id, code_version, start
+from workflows.runtime import attempt_id, code_version
 from workflows.shards import Job, ShardWorker, Work, rejects_table
 from workflows.store import DamagedTableError, StageError, open_root, write_manifest
 
@@ -220,15 +220,16 @@ def work(
     rows = [row for run in runs for row in run.rows()]
     if not rows:
         return
-    start(recipe)
     attempt, table = attempt_id(), runs[0].job.table
     by_source = {run.job.table.source: run for run in runs}
     total = sum(len(run.inputs) for run in runs)
-    place = {"uri": table.root.uri, "name": table.name, "attempt": attempt, "row_group_rows": row_group_rows}
+    built = {"worker": worker, "arguments": dict(arguments), "uri": table.root.uri, "name": table.name}
+    built |= {"attempt": attempt, "row_group_rows": row_group_rows}
+    records = actors.on_actors(recipe, rows, _ShardActor, built, pool=pool, blocks=len(rows))
     # counted here and not by the actors: a shard that is done twice counts once
     counted = Metric("perceptio_rows", "Rows that data stages kept or rejected", ("stage", "source", "outcome"))
     with ShardProgress(table.stage, total, total - len(rows)) as progress:
-        for source, commit, pace in _commits(rows, table.stage, worker, arguments, pool, place):
+        for source, commit, pace in _commits(records, table.stage):
             for outcome, count in (("kept", commit.kept), ("rejected", commit.rejected)):
                 if count:
                     counted.inc(count, {"stage": table.stage, "source": source, "outcome": outcome})
@@ -266,33 +267,11 @@ def require_few_rejects(table: Table, commits: Mapping[int, ShardCommit], limit:
         )
 
 
-def _commits(
-    rows: list[dict[str, Any]],
-    stage: str,
-    worker: type[ShardWorker],
-    arguments: Mapping[str, Any],
-    pool: PoolRecipe,
-    place: Mapping[str, Any],
-) -> Iterator[tuple[str, ShardCommit, Pace]]:
+def _commits(records: Iterable[Mapping[str, Any]], stage: str) -> Iterator[tuple[str, ShardCommit, Pace]]:
     """Source, commit record and pace of each pending shard, as the shards get done."""
     asked = time.time()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts rows, not blocks
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    actor: Any = _ShardActor
-    records = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        actor,
-        fn_constructor_kwargs={"worker": worker, "arguments": dict(arguments), **place},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=pool.min_actors,
-            max_size=max(pool.min_actors, min(pool.max_actors, len(rows))),
-            max_tasks_in_flight_per_actor=2,  # one would keep the pool from ever growing, more would queue up shards
-        ),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus or None,
-    )
     try:
-        for record in records.iter_rows():
+        for record in records:
             pace = Pace(**json.loads(record["pace"]))
             pace = replace(pace, waited=round(max(0.0, pace.waited - asked), 3))
             yield record["source"], ShardCommit.model_validate_json(record["commit"]), pace

@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray.data
 from ray.exceptions import RayError
 
 from schemas.manifest import MANIFEST_NAME, Manifest, ShardCommit
 from schemas.recipe import Recipe
 from schemas.tables import TABLES
+from workflows import actors
 from workflows.commits import STAGE_OF, Table, content_digest, table_digest
 from workflows.forgotten import requests
-from workflows.runtime import start
 from workflows.store import DamagedTableError, Root, StageError, open_root
 
 MADE_OF = {"depth": ("images",), "masks": ("images",), "codes": ("depth", "images"), "samples": ("images",)}
@@ -157,26 +156,18 @@ def _check_all(recipe: Recipe, shards: Collection[tuple[Table, ShardCommit]]) ->
     """What was found of every shard by table, source and number, from an actor pool."""
     if not shards:
         return {}
-    start(recipe)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [
         {"name": table.name, "source": table.source, "commit": commit.model_dump_json()} for table, commit in shards
     ]
     pool = recipe.ingest.pool
-    checker: Any = _Checker
-    checked = ray.data.from_items(rows, override_num_blocks=min(len(rows), 8 * pool.max_actors)).map(
-        checker,
-        fn_constructor_kwargs={"uri": recipe.root},
-        compute=ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-        num_cpus=pool.cpus,
-    )
+    blocks = min(len(rows), 8 * pool.max_actors)
+    checked = actors.on_actors(recipe, rows, _Checker, {"uri": recipe.root}, pool=pool, blocks=blocks)
     try:
         return {
             (row["name"], row["source"], row["shard"]): Checked(
                 json.loads(row["problems"]), np.frombuffer(row["ids"], np.uint64)
             )
-            for row in checked.iter_rows()
+            for row in checked
         }
     except RayError as error:
         raise StageError(f"verify: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from tests.tiny import depth_teacher
-from workflows import depth, runtime
+from workflows import actors, depth, runtime
 from workflows.folders import publish
 from workflows.store import open_root
 
@@ -42,6 +42,23 @@ def local_ray() -> str:
             log_to_driver=False,
         )
     return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[None]:
+    """A loop in place of actors and of Ray: for tests of what is done to tables, which need dozens of stages.
+
+    Those of the engine, test_data_stages and test_faults before all, have real actors.
+    """
+
+    def loop(
+        recipe: Recipe, rows: Sequence[actors.Row], actor: Any, arguments: dict[str, Any], **_: Any
+    ) -> Iterator[actors.Row]:
+        return map(actor(**arguments), rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actors, "on_actors", loop)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,12 @@ def photograph(seed: int, side: int = SIDE) -> bytes:
     return stream.getvalue()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def local_ray(in_this_process: None) -> str:
+    """No Ray: what is tested here is what stands in the tables."""
+    return ""
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, teacher: Path, put_codebook: Callable[..., None]) -> Recipe:
     """A root on which every stage ran, of good pictures and of one for each of several reasons to refuse."""

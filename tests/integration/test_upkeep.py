@@ -26,7 +26,7 @@ from workflows.folders import FORGOTTEN_NAME
 from workflows.store import DamagedTableError, StageError, open_root
 
 PER_SHARD = 4  # rows, as in conftest.recipe_of
-pytestmark = pytest.mark.timeout(900)  # a dozen stages a test, each with actors of its own
+
 Commits = dict[int, ShardCommit]
 
 
@@ -65,6 +65,12 @@ def refused(recipe: Recipe, name: str, of: str = "photos") -> dict[str, str]:
     found = table(recipe, name, of)
     rows = [row for commit in found.committed().values() for row in found.rejects_of(commit).to_pylist()]
     return {Path(row["uri"]).name or row["id"]: row["reason"] for row in rows}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray(in_this_process: None) -> str:
+    """No Ray: what is tested here is what stands in the tables."""
+    return ""
 
 
 @pytest.fixture(scope="module")
