@@ -6,6 +6,8 @@ Shape legend: H, W height and width in pixels, 3 the red, green and blue channel
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,24 +56,24 @@ def decode(data: bytes, limits: ImageLimits) -> Pixels:
 
     Raises ImageError for an empty, unknown, cut-off, animated, too small or too large file.
     """
-    with _opened(data, limits) as image:
+    with _opened(data, limits) as image, _decoding(image):
         return _pixels(data, image)
 
 
 def stored(data: bytes, limits: ImageLimits, *, max_side: int, jpeg_quality: int) -> StoredImage:
     """The file as it came if it is upright RGB in JPEG or PNG within max_side, else encoded anew.
 
-    Photographs (JPEG, WebP) are encoded as JPEG, all else as PNG without loss. The whole image is decoded either way,
-    so what is stored can be read. Raises ImageError as `decode` does.
+    Photographs (JPEG, WebP) are encoded as JPEG, all else as PNG without loss. The whole file is decoded either way, so
+    what is stored can be read. Raises ImageError as `decode` does.
     """
-    with _opened(data, limits) as image:
-        rgb_HW3 = _pixels(data, image)
+    with _opened(data, limits) as image, _decoding(image):
         eight_bits = image.format == "JPEG" or (image.format == "PNG" and data[PNG_DEPTH] == 8)
-        plain = eight_bits and _is_plain(image) and max(image.size) <= max_side
+        if eight_bits and _is_plain(image) and max(image.size) <= max_side:
+            _pixels(data, image, smallest=True)
+            return StoredImage(data, *image.size, 1.0)
+        rgb_HW3 = _pixels(data, image)
         lossy = image.format in LOSSY
     height, width = rgb_HW3.shape[:2]
-    if plain:
-        return StoredImage(data, width, height, 1.0)
     scale = min(1.0, max_side / max(width, height))
     if scale < 1:
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
@@ -135,15 +137,26 @@ def _opened(data: bytes, limits: ImageLimits) -> Image.Image:
     return image
 
 
-def _pixels(data: bytes, image: Image.Image) -> Pixels:
+def _pixels(data: bytes, image: Image.Image, *, smallest: bool = False) -> Pixels:
+    """The decoded image. `smallest` may give an eighth of it, where only the file's soundness is asked for.
+
+    All of a JPEG's coefficients are read for that too, so it fails where the whole would; most of the rest is left out.
+    """
+    if image.format == "JPEG" and _is_plain(image):
+        least = int(smallest)  # of either side, in pixels; 0 asks for the full size
+        try:
+            rgb_HW3: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least)
+        except ValueError:  # its decoder is strict: PIL decides whether the file is broken or only untidy
+            return _by_pil(image)
+        return rgb_HW3
+    return _by_pil(image)
+
+
+@contextmanager
+def _decoding(image: Image.Image) -> Iterator[None]:
+    """Raises ImageError for what decoders raise. PIL decodes a PNG as soon as its EXIF tags are asked for."""
     try:
-        if image.format == "JPEG" and _is_plain(image):
-            try:
-                rgb_HW3: Pixels = simplejpeg.decode_jpeg(data, "RGB")
-            except ValueError:  # its decoder is strict: PIL decides whether the file is broken or only untidy
-                return _by_pil(image)
-            return rgb_HW3
-        return _by_pil(image)
+        yield
     except UNREADABLE as error:
         raise ImageError(Reason.TRUNCATED_IMAGE, f"the {image.format} cannot be decoded: {error}") from error
 

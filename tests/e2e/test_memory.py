@@ -25,6 +25,8 @@ from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from tests.tiny import depth_teacher, random_codebook
 from workflows import ingest
+from workflows.commits import Table
+from workflows.store import open_root
 
 CHECKOUT = Path(__file__).parents[2]
 FEW, MANY, LIMIT = 20_000, 200_000, 1.3
@@ -66,7 +68,7 @@ def write_images(folder: Path, rows: int) -> None:
         pq.write_table(table, folder / f"{first:07}.parquet", row_group_size=PER_SHARD)
 
 
-def recipe_at(place: Path, rows: int, teacher: Path) -> Recipe:
+def recipe_at(place: Path, teacher: Path) -> Recipe:
     source = {"name": "tiny", "format": "parquet", "path": str(place / "files"), "columns": {"image": "image"}}
     entry = {"source": "tiny", "weight": 1, "segmentation": False, "depth": True}
     settings = {
@@ -76,7 +78,6 @@ def recipe_at(place: Path, rows: int, teacher: Path) -> Recipe:
         "depth.teacher": str(teacher),
         "depth.batch_size": 64,
         "tokenize.batch_size": 64,
-        "max_reject_share": 1,
         "cluster.min_memory_gb": 4,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -89,7 +90,8 @@ def peaks_of(place: Path, rows: int, teacher: Path, codebook: Path) -> dict[str,
     """The most bytes that the driver, and that any one actor, held of its own (USS), at any time in all stages."""
     place.mkdir()
     write_images(place / "files", rows)
-    (place / "recipe.json").write_text(recipe_at(place, rows, teacher).model_dump_json())
+    recipe = recipe_at(place, teacher)
+    (place / "recipe.json").write_text(recipe.model_dump_json())
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     command = [sys.executable, "-c", DRIVER, str(place / "recipe.json"), str(codebook)]
     peaks: Counter[str] = Counter()
@@ -109,6 +111,7 @@ def peaks_of(place: Path, rows: int, teacher: Path, codebook: Path) -> dict[str,
             except psutil.TimeoutExpired:
                 continue
     assert driver.returncode == 0, (place / "log.txt").read_text()[-3000:]
+    assert Table(open_root(recipe.root), "samples", "tiny").require().kept == rows
     return dict(peaks)
 
 

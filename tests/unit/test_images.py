@@ -6,6 +6,8 @@ import io
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,33 @@ def test_clear_pixels_become_white() -> None:
 def test_what_is_stored_is_the_file_itself_where_it_can_be() -> None:
     for data in (JPEG, PNG):
         assert stored(data, LIMITS, max_side=100, jpeg_quality=95).data == data
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {}, {"progressive": True}, {"restart_marker_blocks": 5}])
+def test_what_is_stored_can_be_decoded_and_what_can_is_stored(options: dict[str, Any]) -> None:
+    """The check before storing looks at an eighth of a JPEG: it must see what decoding the whole would see."""
+    rng = np.random.default_rng(0)
+    whole = encoded(Image.open(PHOTOGRAPHS / "rocket.jpg").resize((200, 136)), "JPEG", **options)
+    verdicts = []
+    for trial in range(150):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            del damaged[int(rng.integers(len(whole))) :]
+        else:  # one bit, or a few bytes in the pixels' part
+            at = int(rng.integers(len(whole) // 2, len(whole) - 8))
+            damaged[at : at + trial % 2 * 8] = rng.bytes(trial % 2 * 8)
+            damaged[at] ^= 1 << trial % 8
+        verdicts.append([refusal(decode, damaged), refusal(partial(stored, max_side=300, jpeg_quality=95), damaged)])
+    assert all(one == other for one, other in verdicts)
+    assert 15 < sum(one is None for one, _ in verdicts) < 135
+
+
+def refusal(read: Callable[[bytes, ImageLimits], Any], data: bytes) -> Reason | None:
+    try:
+        read(bytes(data), LIMITS)
+    except ImageError as error:
+        return error.reason
+    return None
 
 
 def test_a_larger_image_is_scaled_down_keeping_its_shape() -> None:
