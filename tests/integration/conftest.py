@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ def local_ray() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-@pytest.fixture(scope="module")
+@contextmanager
 def in_this_process() -> Iterator[None]:
-    """A loop in place of actors and of Ray: for tests of what is done to tables, which need dozens of stages.
+    """A loop in place of actors and of Ray: for tests of what is done to tables, and to prepare those of the engine.
 
-    Those of the engine, test_data_stages and test_faults before all, have real actors.
+    A stage takes some 20 s where its actors are new processes that import torch, and below one here.
     """
 
     def loop(
@@ -58,6 +59,13 @@ def in_this_process() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actors, "on_actors", loop)
+        yield
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    """For one test, a loop in place of actors."""
+    with in_this_process():
         yield
 
 

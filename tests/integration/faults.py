@@ -90,7 +90,7 @@ def markers(recipe: Recipe, stage: str) -> Markers:
     return {str(path.relative_to(root)): path.read_bytes() for path in found}
 
 
-def wait_for(recipe: Recipe, stage: str, least: int, total: int, seconds: float = 120) -> Markers:
+def wait_for(recipe: Recipe, stage: str, least: int, total: int, seconds: float = 400) -> Markers:
     """The markers as soon as there are `least`; fails where the work was over before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -121,7 +121,7 @@ def shard_actors(below: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def wait_for_actors(
-    below: psutil.Process | None = None, former: Collection[psutil.Process] = (), seconds: float = 120
+    below: psutil.Process | None = None, former: Collection[psutil.Process] = (), seconds: float = 400
 ) -> list[psutil.Process]:
     """The actors, but for those of former work, as soon as there is one: they are built before they work."""
     end = time.monotonic() + seconds

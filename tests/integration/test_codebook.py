@@ -177,7 +177,7 @@ def test_depth_that_is_added_later_leaves_a_finished_codebook_valid(
     )
 
 
-def wait_for_live_run(root: Path, seconds: float = 120) -> int:
+def wait_for_live_run(root: Path, seconds: float = 400) -> int:
     """The step of the last saved state as soon as there is one; fails where the training was over before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -258,7 +258,7 @@ def test_of_two_drivers_at_once_one_publishes_and_the_other_says_so(
     driver = start_driver(recipe, local_ray)
     wait_for_live_run(tmp_path)
     codebook.run(recipe)
-    output, _ = driver.communicate(timeout=120)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     assert (caplog.text + output).count("published one first") == 1
     assert (standing(tmp_path).digest, standing(tmp_path).files) == (standing(root).digest, standing(root).files)

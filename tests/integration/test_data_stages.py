@@ -167,6 +167,7 @@ def test_a_codebook_for_another_teacher_is_refused(
         tokenize_depth.run(recipe)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_verify_names_a_changed_file_and_a_stale_table(rooms_run: Recipe, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(rooms_run.root, root)
@@ -202,6 +203,7 @@ def noise(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (40, 60, 3)).astype(np.uint8)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_every_wrong_file_is_a_reject_and_costs_its_neighbours_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "photographs"
     (folder / "more").mkdir(parents=True)
@@ -250,6 +252,7 @@ def test_every_wrong_file_is_a_reject_and_costs_its_neighbours_nothing(tmp_path:
     assert table(strict, "images", "photos").manifest() is None
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_records_bring_turns_masks_and_boxes_or_say_what_is_wrong(tmp_path: Path) -> None:
     folder = tmp_path / "photographs"
     folder.mkdir()
@@ -309,6 +312,7 @@ def test_real_photographs_become_samples(rooms_run: Recipe) -> None:
         assert unpack_map(row["inv_depth"]).shape == (image["height"], image["width"])
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_recorded_depth_is_exact_and_a_row_without_it_is_refused_all_the_way(
     tmp_path: Path, put_codebook: Callable[..., None]
 ) -> None:

@@ -61,6 +61,7 @@ def over_shards(
     return made
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_sample_of_maps_gives_the_codes_of_all_maps(
     ingested: Recipe, tmp_path: Path, teacher: Path, put_codebook: Callable[..., None]
 ) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import recipe_of
+from conftest import in_this_process, recipe_of
 from faults import (
     RUN,
     TOTAL,
@@ -52,9 +52,10 @@ def undisturbed(
 ) -> Undisturbed:
     recipe = recipe_at(tmp_path_factory.mktemp("undisturbed"), teacher)
     put_codebook(recipe, DepthTeacher.from_pretrained(teacher).digest)
-    for run in RUN.values():
-        run(recipe)
-    verify.run(recipe)
+    with in_this_process():
+        for run in RUN.values():
+            run(recipe)
+        verify.run(recipe)
     assert tables(recipe, "ingest")["rooms"].require().rejected > 0, "the pass over doubles had nothing to do"
     return Undisturbed(recipe)
 
@@ -103,7 +104,7 @@ def killed_node(recipe: Recipe, stage: str, moment: int, cluster: Cluster) -> Ma
     actors = wait_for_actors(raylet)
     before = wait_for(recipe, stage, moment, TOTAL[stage])
     kill(raylet, *actors)
-    output, _ = driver.communicate(timeout=200)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     assert len(actors) == 1, "no actor lived on the node that was killed"
     return before
@@ -246,7 +247,7 @@ def test_a_driver_that_dies_between_the_last_marker_and_the_manifest_is_finished
 ) -> None:
     recipe = undisturbed.start_at(tmp_path, "depth")
     driver = start_driver(recipe, local_ray, script=DIES_BEFORE_THE_MANIFEST)
-    output, _ = driver.communicate(timeout=120)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == -signal.SIGKILL, output
     before = markers(recipe, "depth")
     assert len(before) == TOTAL["depth"] and tables(recipe, "depth")["rooms"].manifest() is None
@@ -265,7 +266,8 @@ def test_a_requeue_whose_driver_is_killed_is_finished_by_the_next_one(tmp_path: 
         (folder / name).write_bytes(data if i % 2 else data[: len(data) // 2])
     source = {"name": "photos", "format": "folder", "path": str(folder)}
     recipe = recipe_of(tmp_path / "root", [source], ingest__rows_per_shard=2)
-    ingest.run(recipe)
+    with in_this_process():
+        ingest.run(recipe)
     table = Table(open_root(recipe.root), "images", "photos")
     assert table.require().rejected == shards
     for name, data in files.items():
@@ -281,7 +283,8 @@ def test_a_requeue_whose_driver_is_killed_is_finished_by_the_next_one(tmp_path: 
     assert [commit.revision for commit in after.shards] == [1] * shards and after.rejected == 0
     assert {shard: after.shards[shard] for shard in before} == before, "a shard was tried again that was mended before"
     whole = recipe_of(tmp_path / "whole", [source], ingest__rows_per_shard=2)
-    ingest.run(whole)
+    with in_this_process():
+        ingest.run(whole)
     assert after.digest == Table(open_root(whole.root), "images", "photos").require().digest
     assert problems_of(table) == []
 
@@ -315,7 +318,7 @@ def test_of_two_drivers_at_once_the_loser_says_so_and_every_shard_is_done_once(
     waker.start()
     RUN[stage](recipe)
     waker.join()
-    output, _ = driver.communicate(timeout=120)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     check(recipe, undisturbed, stage, before)
     attempts = {c.attempt.rpartition("-")[0] for t in tables(recipe, stage).values() for c in t.committed().values()}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from conftest import in_this_process
 
 from perceptio.data.images import decode
 from perceptio.data.masks import rle_to_mask
@@ -45,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = Sam2ImageConfig(image_size=128, embed_dim=16, stages=(1, 1, 2, 1), global_att_blocks=(3,))
     Sam2ImageModel(config).save_pretrained(folder / "sam2")
-    ingest.run(recipe(folder))
+    with in_this_process():
+        ingest.run(recipe(folder))
     return folder
 
 
@@ -119,5 +121,5 @@ def test_low_quality_is_a_reject_with_its_figures_and_too_many_fail_the_stage(fo
     for source in ("exact", "boxes"):
         for path in (folder / "root" / "masks" / source).rglob("*"):
             path.unlink(missing_ok=True) if path.is_file() else None
-    with pytest.raises(TooManyRejectsError, match="low_mask_quality"):
+    with in_this_process(), pytest.raises(TooManyRejectsError, match="low_mask_quality"):
         masks.run(fresh)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, recipe_of
+from conftest import CHECKOUT, in_this_process, recipe_of
 from PIL import Image
 
 from perceptio.data.masks import masks_to_rle
@@ -334,7 +334,8 @@ def test_too_many_rejects_end_the_job_with_the_reasons_before_it_is_over(tmp_pat
         (folder / f"{i:02d}.png").write_bytes(encoded(noise(i), "PNG"))
     source = {"name": "photos", "format": "folder", "path": str(folder)}
     recipe = recipe_of(tmp_path / "root", [source], ingest__rows_per_shard=1, depth__teacher="recorded")
-    ingest.run(recipe)
+    with in_this_process():
+        ingest.run(recipe)
     strict = recipe.model_copy(update={"max_reject_share": 0.1})
     with pytest.raises(
         TooManyRejectsError, match=r"(?s)3 of 24 rows were refused.*max_reject_share = 0\.1.*no_recorded_depth\s+3"

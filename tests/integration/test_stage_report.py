@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import recipe_of
+from conftest import in_this_process, recipe_of
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -45,9 +45,10 @@ def photograph(seed: int, side: int = SIDE) -> bytes:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray(in_this_process: None) -> str:
+def local_ray() -> Iterator[str]:
     """No Ray: what is tested here is what stands in the tables."""
-    return ""
+    with in_this_process():
+        yield ""
 
 
 @pytest.fixture(scope="module")
