@@ -22,6 +22,7 @@ from cluster.settings import NodeGroup, SecretNames, Settings, load_settings
 from schemas.recipe import Recipe, RecipeError
 from schemas.recipe_file import load_recipe
 from workflows.cli import app
+from workflows.runtime import MALLOC
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "workflows" / "recipes"
@@ -301,6 +302,7 @@ def test_the_dockerfile_is_locked_and_without_rights() -> None:
     assert str(Settings().user_id) in last
     assert "index-url" not in text and "://" not in text
     assert "build-essential" not in text[text.index("AS base") :]
+    assert "ENV " + " ".join(f"{name}={value}" for name, value in MALLOC.items()) in text
 
 
 KUBECTL = """#!/bin/sh
