@@ -23,9 +23,9 @@ from schemas.recipe import PoolRecipe, Recipe, section_digest
 from workflows.store import StageError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# glibc gives large blocks back to the system as soon as they are freed, and each page of the next one is a fault: 12 % of
-# a model's time on a CPU. With these a process keeps up to 1 GB of what it freed. One arena for all threads: a thread's
-# own arena gives memory back in any case, and actors work in threads
+# glibc gives large blocks back to the system as soon as they are freed, and each page of the next one is a fault: 12 %
+# of a model's time on a CPU. With these a process keeps up to 1 GB of what it freed. One arena for all threads: a
+# thread's own arena gives memory back in any case, and actors work in threads
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 log = logging.getLogger(__name__)
