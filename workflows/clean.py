@@ -3,12 +3,13 @@
     perceptio clean --recipe RECIPE          shows them
     perceptio clean --recipe RECIPE --yes    deletes them
 
-Reads   the markers of every table
+Reads   the markers of every table, the folders plan/ and runs/
 Writes  nothing; deletes
 Needs   nothing
 
-A part file of a shard that is not committed may be someone's work: it counts as lost when its table is finished, or
-after a day.
+A part file that no marker names may be about to be committed, or was since the markers were read: it counts as lost
+after a day. So does what a killed `plan` left under plan/, and what a codebook's training saved under runs/ once the
+codebook stands.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def run(recipe: Recipe, *, yes: bool = False, now: float | None = None) -> list[
     root, now = open_root(recipe.root), time.time() if now is None else now
     tables = [Table(root, name, source.name) for source in recipe.sources for name in TABLES]
     found = [stray for table in tables for stray in _strays(table, now)]
-    found += list(_drafts(root, [folder for table in tables for folder in _folders(table)], now))
+    found += _drafts(root, [folder for table in tables for folder in _folders(table)], now)
+    found += _scratch(root, now)
     for stray in found if yes else ():
         root.delete(stray.path)
     return found
@@ -48,7 +50,7 @@ def run(recipe: Recipe, *, yes: bool = False, now: float | None = None) -> list[
 
 def _strays(table: Table, now: float) -> Iterator[Stray]:
     commits = table.committed()
-    finished, lost = table.manifest() is not None, set(table.lost(commits))
+    lost = set(table.lost(commits))
     for name in table.unnamed(commits):
         if PART.fullmatch(posixpath.basename(name)) is None:
             continue  # not ours to judge, or a draft: see _drafts
@@ -56,8 +58,19 @@ def _strays(table: Table, now: float) -> Iterator[Stray]:
         size, age = table.root.size_and_age(path, now)
         if name in lost:
             yield Stray(path, size, "an older revision, or an attempt that lost")
-        elif finished or age > LOST_AFTER_S:
+        elif age > LOST_AFTER_S:
             yield Stray(path, size, "an attempt that never committed")
+
+
+def _scratch(root: Root, now: float) -> Iterator[Stray]:
+    """Files of folders in which nothing was written for a day, and that nobody goes on with."""
+    folders = [posixpath.join("plan", name) for name in root.folders("plan")]
+    if root.manifest("codebook") is not None:
+        folders += [posixpath.join("runs", name) for name in root.folders("runs") if name.startswith("codebook-")]
+    for folder in folders:
+        files = {path: root.size_and_age(path, now) for path in root.files_below(folder)}
+        if files and min(age for _, age in files.values()) > LOST_AFTER_S:
+            yield from (Stray(path, size, "scratch of a run that ended") for path, (size, _) in files.items())
 
 
 def _folders(table: Table) -> Iterator[str]:

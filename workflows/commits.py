@@ -44,6 +44,7 @@ STAGE_OF = {
     "samples": "assemble",
 }
 PLAN = "plan.json"
+ROW_GROUP_ROWS = 10_000
 PART = re.compile(r"part-(\d+)(?:\.(\d+))?-[^~]+\.parquet")  # with a ~ behind it is a draft, which may be growing
 MARKER = re.compile(r"(\d+)(?:\.(\d+))?\.json")
 
@@ -119,7 +120,7 @@ class Table:
         table: pa.Table,
         rejects: pa.Table,
         read: int,
-        row_group_rows: int = 10_000,
+        row_group_rows: int = ROW_GROUP_ROWS,
         *,
         inputs: Mapping[str, str] | None = None,
         revision: int = 0,
@@ -195,6 +196,13 @@ class Table:
             return []
         ids: list[str] = self.root.columns(["id"], self.name, self.source, commit.data.path)["id"].to_pylist()
         return ids
+
+    def row_group_rows(self, commit: ShardCommit) -> int:
+        """Rows in a row group of the shard's file, for a revision to keep to."""
+        if commit.data is None:
+            return ROW_GROUP_ROWS
+        rows: int = pq.ParquetFile(io.BytesIO(self.checked(commit.data))).metadata.row_group(0).num_rows
+        return rows
 
     def reopen(self) -> None:
         """Takes the manifest away: the table is about to change."""
@@ -331,7 +339,9 @@ def content_digest(table: pa.Table) -> str:
     """Hex SHA-256 of a table's rows in order: the same for any chunks, file encoding or attempt."""
     digest = hashlib.sha256()
     for name in table.schema.names:
-        column = table[name].combine_chunks()
+        column = table[name]
+        if not _is_bytes(column.type):  # one array of bytes ends at 2 GiB, a column of images may not
+            column = column.combine_chunks()
         digest.update(f"{name}:{len(column)}".encode())
         for buffer in _canonical(column):
             digest.update(buffer)
@@ -353,7 +363,11 @@ def require_same(what: str, found: Mapping[str, str], wanted: Mapping[str, str])
         )
 
 
-def _canonical(array: pa.Array) -> Iterator[bytes | memoryview]:
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_string(kind))
+
+
+def _canonical(array: pa.Array | pa.ChunkedArray) -> Iterator[bytes | memoryview]:
     """The values of an array as bytes that say nothing of offsets, padding or unused null slots."""
     if array.null_count:
         yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes()
@@ -364,7 +378,7 @@ def _canonical(array: pa.Array) -> Iterator[bytes | memoryview]:
     elif pa.types.is_list(kind):
         yield pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).tobytes()
         yield from _canonical(array.flatten())
-    elif pa.types.is_binary(kind) or pa.types.is_string(kind):
+    elif _is_bytes(kind):
         yield pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).tobytes()
         yield from (memoryview(value.as_buffer()) for value in array if value.is_valid)
     else:

@@ -46,20 +46,38 @@ def doubles(tables: Mapping[Table, Commits], held_out: set[str], reject_contamin
     places = [_Place(table.source, commit.shard, table.source in held_out) for table, commit in shards]
     found = Doubles()
     drops: dict[tuple[str, int], dict[str, tuple[Reason, str]]] = defaultdict(dict)
+    gone = _taken_out_before(shards)
     passes = 1 + sum(commit.kept for _, commit in shards) // DOUBLES_AT_ONCE
     for turn in range(passes):
-        for key, members in _groups(shards, turn, passes):
+        for key, members in _groups(shards, gone, turn, passes):
             _judge(f"{key:016x}", [places[i] for i in members], reject_contamination, drops, found.shared)
-    for (source, shard), gone in drops.items():
-        found.drops.setdefault(source, {})[shard] = payload(gone)
+    for (source, shard), drop in drops.items():
+        if new := {key: why for key, why in drop.items() if key not in gone.get((source, shard), ())}:
+            found.drops.setdefault(source, {})[shard] = payload(new)
     return found
 
 
-def _groups(shards: list[tuple[Table, ShardCommit]], turn: int, passes: int) -> list[tuple[int, list[int]]]:
-    """Each id that stands more than once, with the numbers of the shards where it stands, in order."""
+def _taken_out_before(shards: list[tuple[Table, ShardCommit]]) -> dict[tuple[str, int], set[str]]:
+    """The ids that an earlier pass took out of each shard as contamination: sources share them all the same."""
+    found = {}
+    for table, commit in shards:
+        if commit.reasons.get(Reason.IN_EVALUATION_SPLIT):
+            rows = table.rejects_of(commit).to_pylist()
+            found[table.source, commit.shard] = {
+                row["id"] for row in rows if row["reason"] == Reason.IN_EVALUATION_SPLIT
+            }
+    return found
+
+
+def _groups(
+    shards: list[tuple[Table, ShardCommit]], gone: Mapping[tuple[str, int], set[str]], turn: int, passes: int
+) -> list[tuple[int, list[int]]]:
+    """Each id that stands, or stood, more than once, with the numbers of the shards where it does, in order."""
 
     def ids(shard: tuple[Table, ShardCommit]) -> npt.NDArray[np.uint64]:
-        keys = np.array([int(key, 16) for key in shard[0].ids_of(shard[1])], np.uint64)
+        table, commit = shard
+        standing = [*table.ids_of(commit), *gone.get((table.source, commit.shard), ())]
+        keys = np.array([int(key, 16) for key in standing], np.uint64)
         mine: npt.NDArray[np.uint64] = keys[keys % np.uint64(passes) == turn]
         return mine
 

@@ -95,21 +95,26 @@ def require(root: Root, *folder: str, stage: str) -> Manifest:
     return manifest
 
 
+def checked(root: Root, entry: FileEntry, *folder: str, stage: str) -> bytes:
+    """A published file's bytes. Raises DamagedTableError where it is missing or not what the manifest says."""
+    data, name = root.read(*folder, entry.path), posixpath.join(*folder)
+    seen = None if data is None else hashlib.sha256(data).hexdigest()
+    if data is None or seen != entry.sha256:
+        what = "is missing" if seen is None else f"has sha256 {seen[:16]}, the manifest says {entry.sha256[:16]}"
+        raise DamagedTableError(f"{name}: file {entry.path} {what}: restore it, or delete {name} and run `{stage}`")
+    return data
+
+
 def local_copy(root: Root, *folder: str, stage: str) -> Path:
     """A local folder with the verified files of a published one: itself on a local root, else a copy.
 
     Raises StageError where it is not finished, DamagedTableError where a file is not what the manifest says.
     """
     manifest = require(root, *folder, stage=stage)
-    name = posixpath.join(*folder)
     here = "file" in root.fs.protocol
     target = Path(root.at(*folder)) if here else Path(tempfile.mkdtemp(prefix="perceptio-"))
     for entry in manifest.files:
-        data = root.read(*folder, entry.path)
-        seen = None if data is None else hashlib.sha256(data).hexdigest()
-        if data is None or seen != entry.sha256:
-            what = "is missing" if seen is None else f"has sha256 {seen[:16]}, the manifest says {entry.sha256[:16]}"
-            raise DamagedTableError(f"{name}: file {entry.path} {what}: restore it, or delete {name} and run `{stage}`")
+        data = checked(root, entry, *folder, stage=stage)
         if not here:
             path = target / entry.path
             path.parent.mkdir(parents=True, exist_ok=True)

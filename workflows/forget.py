@@ -4,7 +4,7 @@
 
 Reads   every table of every source, the manifests of codebook and model
 Writes  new revisions of the shards that held an id, without it; ROOT/forgotten/; FORGOTTEN.json beside what saw them;
-        deletes all reports, for they show pictures
+        deletes all reports, for they show pictures, and what a `plan` works on, its sample of images
 Needs   memory for one shard
 
 Of a forgotten image only its id stays, a hash of its bytes, so that `ingest` refuses it when it comes again. The
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from workflows.folders import FORGOTTEN_NAME
 from workflows.forgotten import FOLDER, Request
 from workflows.runtime import attempt_id
 from workflows.shards import rejects_table
-from workflows.store import Root, StageError, open_root
+from workflows.store import DamagedTableError, Root, StageError, open_root
 
 CHAIN = ("images", "depth", "masks", "codes", "samples")  # each is made from those before it
 MESSAGE = "taken out by `forget`"
@@ -61,6 +61,8 @@ def run(recipe: Recipe, ids: Collection[str]) -> Forgotten:
     request = Request(ids=tuple(sorted(wanted)), at=now, made_from_them=marked)
     # first of all, so that an `ingest` that starts now cannot bring them back
     root.create(request.model_dump_json(indent=1).encode(), FOLDER, f"{attempt_id()}.json")
+    for folder in marked:  # before any id goes: a run that is killed and started again would not know them
+        root.write(request.model_dump_json(indent=1).encode(), folder, FORGOTTEN_NAME)
     rows: dict[str, int] = {}
     for name in names:
         changed = {"listing": _blanked(Table(root, "listing", name), _uris(Table(root, "images", name), wanted))}
@@ -70,8 +72,7 @@ def run(recipe: Recipe, ids: Collection[str]) -> Forgotten:
             if taken:
                 rows[str(table)] = taken
     root.delete_many(["report.html", *(f"reports/{stage}/report.html" for stage in root.folders("reports"))])
-    for folder in marked:
-        root.write(request.model_dump_json(indent=1).encode(), folder, FORGOTTEN_NAME)
+    root.delete_many(path for name in root.folders("plan") for path in root.files_below("plan", name))
     if not rows:
         raise StageError(
             f"forget: no table under '{recipe.root}' has any of the {len(wanted)} ids; they stay barred from now on"
@@ -79,60 +80,100 @@ def run(recipe: Recipe, ids: Collection[str]) -> Forgotten:
     return Forgotten(rows, marked)
 
 
-def _taken_out(table: Table, wanted: set[str], changed: Mapping[str, Mapping[int, str]]) -> tuple[int, dict[int, str]]:
-    """Rows taken out of a table, and the new content digest of each shard that changed.
+def _taken_out(table: Table, wanted: set[str], changed: Mapping[str, set[int]]) -> tuple[int, set[int]]:
+    """Rows taken out of a table, and the shards that changed.
 
     A shard also gets a new revision where only what it is made from changed, so that no stage makes it anew.
     """
-    commits, manifest = table.committed(), table.manifest()
-    drops = dict.fromkeys(wanted, (Reason.FORGOTTEN, MESSAGE))
-    attempt, taken = attempt_id(), 0
-    contents: dict[int, str] = {}
-    for shard, commit in sorted(commits.items()):
-        inputs = {kind: changed.get(kind, {}).get(shard, content) for kind, content in commit.inputs.items()}
+    attempt, drops = attempt_id(), dict.fromkeys(wanted, (Reason.FORGOTTEN, MESSAGE))
+
+    def make(commit: ShardCommit) -> _Made | None:
+        inputs = {
+            kind: _content(Table(table.root, kind, table.source), commit.shard, content)
+            if commit.shard in changed.get(kind, ())
+            else content
+            for kind, content in commit.inputs.items()
+        }
         here = wanted & {*table.ids_of(commit), *table.rejects_of(commit)["id"].to_pylist()}
         if not here and inputs == commit.inputs:
-            continue
-        table.reopen()
+            return None
         made = without(table, commit, drops)
-        commits[shard] = table.commit(
-            shard,
-            attempt,
-            made.table,
-            rejects_table(table, shard, made.rejects),
-            made.read,
-            inputs=inputs,
-            revision=commit.revision + 1,
-        )
-        taken += commit.kept - commits[shard].kept
-        contents[shard] = commits[shard].content
-    if contents:
-        _close(table, commits, manifest, attempt)
-    return taken, contents
+        return _Made(made.table, rejects_table(table, commit.shard, made.rejects), made.read, inputs)
+
+    return _revised(table, attempt, make)
 
 
-def _blanked(listing: Table, uris: set[str]) -> dict[int, str]:
-    """The new content digest of each listing shard in which files of these addresses were made unreadable."""
-    commits, manifest = listing.committed(), listing.manifest()
-    attempt = attempt_id()
-    contents: dict[int, str] = {}
-    for shard, commit in sorted(commits.items()) if uris else ():
+def _blanked(listing: Table, uris: set[str]) -> set[int]:
+    """The listing shards in which files of these addresses were made unreadable."""
+
+    def make(commit: ShardCommit) -> _Made | None:
         rows = listing.rows_of(commit).to_pylist()
         if uris.isdisjoint(row["uri"] for row in rows):
-            continue
+            return None
         blank = {"uri": "", "record": "", "reason": Reason.FORGOTTEN.value, "message": MESSAGE}
         made = pa.Table.from_pylist([row | blank if row["uri"] in uris else row for row in rows], schema=LISTING)
-        listing.reopen()
-        empty, revision = REJECTS.empty_table(), commit.revision + 1
-        commits[shard] = listing.commit(shard, attempt, made, empty, commit.read, revision=revision)
-        contents[shard] = commits[shard].content
-    if contents:
-        _close(listing, commits, manifest, attempt)
-    return contents
+        return _Made(made, REJECTS.empty_table(), commit.read, {})
+
+    return _revised(listing, attempt_id(), make)[1] if uris else set()
 
 
-def _close(table: Table, commits: Mapping[int, ShardCommit], manifest: Manifest | None, attempt: str) -> None:
+@dataclass(frozen=True)
+class _Made:
+    """What a shard's next revision holds."""
+
+    rows: pa.Table
+    rejects: pa.Table
+    read: int
+    inputs: Mapping[str, str]
+
+
+def _revised(table: Table, attempt: str, make: Callable[[ShardCommit], _Made | None]) -> tuple[int, set[int]]:
+    """Rows that went, and the shards of which `make` made a new revision; None leaves one as it is."""
+    manifest = table.manifest()
+    gone, shards = 0, set()
+    for shard, commit in sorted(table.committed().items()):
+        before, after = _revision(table, commit, attempt, make)
+        if after is not before:
+            gone += before.kept - after.kept
+            shards.add(shard)
+    if shards:
+        _close(table, manifest, attempt)
+    return gone, shards
+
+
+def _revision(
+    table: Table, commit: ShardCommit, attempt: str, make: Callable[[ShardCommit], _Made | None]
+) -> tuple[ShardCommit, ShardCommit]:
+    """A shard's marker before and after, made again from a newer one where another command revised it first."""
+    while True:
+        try:
+            made = make(commit)
+            if made is None:
+                return commit, commit
+            table.reopen()
+            group, revision = table.row_group_rows(commit), commit.revision + 1
+            done = table.commit(
+                commit.shard, attempt, made.rows, made.rejects, made.read, group, inputs=made.inputs, revision=revision
+            )
+        except DamagedTableError:  # the other command has taken the older revision's files away
+            newer = table.find(commit.shard)
+            if newer is None or newer == commit:
+                raise
+            commit = newer
+            continue
+        if done.attempt == attempt:
+            return commit, done
+        commit = done
+
+
+def _content(table: Table, shard: int, else_content: str) -> str:
+    commit = table.find(shard)
+    return else_content if commit is None else commit.content
+
+
+def _close(table: Table, manifest: Manifest | None, attempt: str) -> None:
     """Ends the changes to a table: the old files go at once, and a table that was finished is so again."""
+    commits = table.committed()
     if manifest is None:
         table.clean(commits)
         return

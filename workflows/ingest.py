@@ -4,7 +4,7 @@
 
 Reads   the recipe's sources, in the layouts of perceptio/sources; rooms that it renders itself
 Writes  ROOT/listing/SOURCE, ROOT/images/SOURCE, ROOT/rejects/ingest/SOURCE
-Needs   CPUs; the driver holds 12 bytes an image to find doubles, for at most DOUBLES_AT_ONCE images at a time
+Needs   CPUs; the driver holds 40 bytes an image to find doubles, for at most DOUBLES_AT_ONCE images at a time
 
 Image ids are hashes of the stored bytes. An image that stands twice in a source is kept once. One that also stands in a
 held-out source is taken out of training, unless the recipe says `ingest.contamination: report`. The same image in two
@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ from schemas.recipe import Recipe, RoomsSource, Source
 from schemas.tables import IMAGES, LISTING, Reason
 from workflows.commits import Table, table_digest
 from workflows.doubles import Doubles, doubles
-from workflows.drop import DropWorker
+from workflows.drop import DropWorker, payload
 from workflows.forgotten import forgotten_ids
 from workflows.listing import listed, reader
 from workflows.pool import Run, begin, finish, work
@@ -45,6 +46,7 @@ from workflows.store import DamagedTableError, open_root
 
 READERS = 4  # threads of one actor; reading and decoding release the interpreter
 AT_ONCE = 4  # files that are handed to a thread at once
+FORGOTTEN = "this image was taken out by `forget`"
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -61,15 +63,24 @@ class IngestWorker:
         self.readers = {source.name: reader(source) for source in settings.sources}
 
     def process(self, work: Work) -> ShardResult:
-        """One row or one reject per row of the source; where some are tried again, only those are read again."""
+        """One row or one reject per row of the source; where some are tried again, only those are read again.
+
+        What was kept stays as it is, whatever the source holds now: a row never changes under its id, so that later
+        stages may take over what they made of it.
+        """
         items = [Item(**{name: row[name] for name in LISTING.names if name != "id"}) for row in _listing(work)]
         previous = work.previous
         if previous is None or previous.inputs != work.inputs:
             return _result(enumerate(self._outcomes(self.readers[work.source], items)))
+        kept = work.table.rows_of(previous)
+        if any(item.rows == 0 and not item.reason for item in items):  # a mended tar may hold more rows than it did
+            standing = {row["id"]: row for row in kept.to_pylist()}
+            made_anew = self._outcomes(self.readers[work.source], items)
+            return _result(enumerate(_standing(row, standing) for row in made_anew))
         refused = [stored_reject(row) for row in work.table.rejects_of(previous).to_pylist()]
         again = {reject.row for reject in refused if reject.reason in work.retry}
         made = self._only(self.readers[work.source], items, again)
-        return _merged(work.table.rows_of(previous), previous.read, refused, made)
+        return _merged(kept, previous.read, refused, made)
 
     def _only(self, source: Reader, items: Sequence[Item], wanted: set[int]) -> dict[int, Row | Reject]:
         """The outcomes of some rows, by number; items without any of them are not read where that can be told."""
@@ -113,7 +124,7 @@ class IngestWorker:
             return Reject(error.reason, str(error), uri=found.uri)
         key = image_id(image.data)
         if key in self.forgotten:
-            return Reject(Reason.FORGOTTEN, "this image was taken out by `forget`", key)
+            return Reject(Reason.FORGOTTEN, FORGOTTEN, key)
         return _image_row(key, image, found)
 
 
@@ -129,10 +140,21 @@ def run(recipe: Recipe, retry: Collection[Reason] = ()) -> None:
         listing = listed(recipe, root, source)
         tables = Table(root, "images", source.name), Table(root, "listing", source.name)
         jobs.append(Job(*tables, shards_of(listing=listing), inputs, [_licence(source)]))
-    arguments = {"recipe": recipe.model_dump_json(), "forgotten": sorted(forgotten_ids(root))}
+    forgotten = forgotten_ids(root)
+    arguments = {"recipe": recipe.model_dump_json(), "forgotten": sorted(forgotten)}
     runs = begin(recipe, jobs, retry)
     work(recipe, runs, IngestWorker, arguments, pool=recipe.ingest.pool)
+    _without_forgotten(recipe, runs, forgotten_ids(root) - forgotten)
     finish(recipe, runs, _without_doubles(recipe, runs))
+
+
+def _without_forgotten(recipe: Recipe, runs: Sequence[Run], ids: Collection[str]) -> None:
+    """Takes out what `forget` was told while the actors worked: they knew only of requests before."""
+    gone = dict.fromkeys(ids, (Reason.FORGOTTEN, FORGOTTEN))
+    for run in runs if ids else ():
+        held = {i: gone.keys() & run.job.table.ids_of(commit) for i, commit in run.commits.items()}
+        run.revise({i: payload({key: gone[key] for key in found}) for i, found in held.items() if found})
+    work(recipe, runs, DropWorker, {}, pool=recipe.ingest.pool)
 
 
 def _without_doubles(recipe: Recipe, runs: Sequence[Run]) -> Mapping[str, Any]:
@@ -275,24 +297,38 @@ def _require_size(what: str, seen: tuple[int, ...], image: StoredImage) -> None:
         raise ValueError(f"{what} is {seen[0]} x {seen[1]}, the upright image {expected}: mend its size")
 
 
+def _standing(row: Row | Reject, standing: Mapping[str, Row]) -> Row | Reject:
+    return row if isinstance(row, Reject) else standing.get(row["id"], row)
+
+
 def _merged(kept: pa.Table, read: int, refused: Sequence[Reject], made: Mapping[int, Row | Reject]) -> ShardResult:
     """All rows of a shard after some refused ones were tried again, in the order in which they are read."""
     numbers = sorted(set(range(read)) - {reject.row for reject in refused})
     outcomes: dict[int, Row | Reject] = dict(zip(numbers, kept.to_pylist(), strict=True))
+    uris = {row["id"]: row["uri"] for row in kept.select(["id", "uri"]).to_pylist()}
     outcomes |= {reject.row: reject for reject in refused}
-    return _result(sorted((outcomes | dict(made)).items()))
+    outcomes |= {number: _double(row, uris) for number, row in made.items()}
+    return _result(sorted(outcomes.items()))
+
+
+def _double(row: Row | Reject, uris: Mapping[str, str]) -> Row | Reject:
+    """A reject where an image of this id stands already, at the address in `uris`."""
+    if isinstance(row, Reject) or row["id"] not in uris:
+        return row
+    message = f"the same image as {uris[row['id']]}: keep one of them"
+    return Reject(Reason.DUPLICATE_ID, message, row["id"], row["uri"])
 
 
 def _result(outcomes: Iterator[tuple[int, Row | Reject]] | Sequence[tuple[int, Row | Reject]]) -> ShardResult:
     """The shard's table and rejects, an image that stands in it already refused."""
-    kept: dict[str, Row] = {}
+    kept: list[Row] = []
     rejects: list[Reject] = []
-    for number, row in outcomes:
+    uris: dict[str, str] = {}
+    for number, outcome in outcomes:
+        row = _double(outcome, uris)
         if isinstance(row, Reject):
-            rejects.append(Reject(row.reason, row.message, row.id, row.uri, number))
-        elif row["id"] in kept:
-            message = f"the same image as {kept[row['id']]['uri']}: keep one of them"
-            rejects.append(Reject(Reason.DUPLICATE_ID, message, row["id"], row["uri"], number))
+            rejects.append(replace(row, row=number))
         else:
-            kept[row["id"]] = row
-    return ShardResult(pa.Table.from_pylist(list(kept.values()), schema=IMAGES), len(kept) + len(rejects), rejects)
+            kept.append(row)
+            uris[row["id"]] = row["uri"]
+    return ShardResult(pa.Table.from_pylist(kept, schema=IMAGES), len(kept) + len(rejects), rejects)

@@ -110,8 +110,12 @@ def _rows(items: Iterable[Item]) -> Iterator[dict[str, Any]]:
     seen: Counter[str] = Counter()
     for item in items:
         seen[item.id] += 1
-        again = hashlib.sha256(f"{item.id}#{seen[item.id]}".encode()).hexdigest()[:ID_DIGITS]
-        yield {**asdict(item), "id": item.id if seen[item.id] == 1 else again}
+        yield {**asdict(item), "id": item.id if seen[item.id] == 1 else _again(item.id, seen[item.id])}
+
+
+def _again(key: str, count: int) -> str:
+    """The id of an item that is listed for the second, third, ... time in one shard."""
+    return hashlib.sha256(f"{key}#{count}".encode()).hexdigest()[:ID_DIGITS]
 
 
 def _shards(items: Iterable[Item], rows_per_shard: int, guess: int) -> Iterator[list[Item]]:
@@ -130,23 +134,33 @@ def _shards(items: Iterable[Item], rows_per_shard: int, guess: int) -> Iterator[
 
 
 def _unknown(items: Iterable[Item], known: npt.NDArray[np.uint64], chunk: int) -> Iterator[Item]:
-    """The items whose ids are not in the sorted array `known`."""
+    """The items that are not in the sorted array `known` of ids; one that is listed n times is known n times."""
     if not len(known):
         yield from items
         return
-    waiting: list[Item] = []
-    for item in items:
-        waiting.append(item)
-        if len(waiting) == chunk:
-            yield from _new(waiting, known)
-            waiting = []
-    yield from _new(waiting, known)
+    taken = np.zeros(len(known), bool)
+    remaining = iter(items)
+    while part := list(itertools.islice(remaining, chunk)):
+        keys = np.array([int(item.id, 16) for item in part], np.uint64)
+        firsts, ends = np.searchsorted(known, keys), np.searchsorted(known, keys, "right")
+        for item, first, end in zip(part, firsts.tolist(), ends.tolist(), strict=True):
+            if first == end or not _take(item.id, range(first, end), known, taken):
+                yield item
 
 
-def _new(items: list[Item], known: npt.NDArray[np.uint64]) -> list[Item]:
-    keys = np.array([int(item.id, 16) for item in items], np.uint64)
-    places = np.searchsorted(known, keys).clip(max=len(known) - 1)
-    return [item for item, seen in zip(items, known[places] == keys, strict=True) if not seen]
+def _take(key: str, at: Iterable[int], known: npt.NDArray[np.uint64], taken: npt.NDArray[np.bool_]) -> bool:
+    """Marks one of the places where an id stands in `known`, or its id as a double; False where all are taken."""
+    places = [*at]
+    for count in itertools.count(2):
+        number = np.uint64(int(_again(key, count), 16))
+        place = int(np.searchsorted(known, number))
+        if place == len(known) or known[place] != number:
+            break
+        places.append(place)
+    free = [place for place in places if not taken[place]]
+    if free:
+        taken[free[0]] = True
+    return bool(free)
 
 
 def _numbers(ids: Iterable[str]) -> npt.NDArray[np.uint64]:

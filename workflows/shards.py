@@ -110,11 +110,12 @@ def _numbered(rows: pa.Table, result: ShardResult) -> ShardResult:
     """The same rows and rejects in the order of the input, rejects with the number of their row."""
     place = {key: i for i, key in enumerate(rows["id"].to_pylist())}
     found = {key: i for i, key in enumerate(result.table["id"].to_pylist())}
-    table = result.table.take(pa.array([found[key] for key in place if key in found], pa.int64()))
+    order = [found[key] for key in place if key in found]
+    table = result.table if order == list(range(len(order))) else result.table.take(pa.array(order, pa.int64()))
     rejects = sorted(
         (Reject(r.reason, r.message, r.id, r.uri, place[r.id]) for r in result.rejects), key=lambda r: r.row
     )
-    return ShardResult(table.combine_chunks(), rows.num_rows, rejects)
+    return ShardResult(table, rows.num_rows, rejects)
 
 
 def stored_reject(row: Mapping[str, Any]) -> Reject:

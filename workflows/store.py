@@ -125,6 +125,13 @@ class Root:
             return []
         return sorted(posixpath.basename(entry["name"].rstrip("/")) for entry in found if entry["type"] == "directory")
 
+    def files_below(self, *parts: str) -> list[str]:
+        """Paths below the root of all files under a folder, sorted."""
+        path = self.at(*parts)
+        return sorted(
+            posixpath.relpath(name, self.path) for name in self._ask("listing", path, lambda: self.fs.find(path))
+        )
+
     def columns(self, names: Sequence[str], *parts: str) -> pa.Table:
         """Some columns of a Parquet file; nothing else of it is read. Raises DamagedTableError where it cannot be."""
         path = self.at(*parts)

@@ -2,7 +2,7 @@
 
     perceptio verify --recipe rooms
 
-Reads   every table of every source, whole, and the manifests of codebook and model
+Reads   every table of every source, whole, every file of codebook and model, and what `forget` was told
 Writes  nothing
 Needs   CPUs, the pool of `ingest`; an actor holds one shard, the driver 8 bytes a row of every table
 """
@@ -28,10 +28,12 @@ from schemas.recipe import Recipe
 from schemas.tables import TABLES
 from workflows import actors
 from workflows.commits import STAGE_OF, Table, content_digest, table_digest
-from workflows.forgotten import requests
+from workflows.folders import checked
+from workflows.forgotten import Request, requests
 from workflows.store import DamagedTableError, Root, StageError, open_root
 
 MADE_OF = {"depth": ("images",), "masks": ("images",), "codes": ("depth", "images"), "samples": ("images",)}
+PUBLISHED = {"codebook": "codebook", "model": "train"}  # folder -> stage
 NO_IDS: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
 SHOWN = 100  # problems in the message; all are logged
 
@@ -55,7 +57,10 @@ def run(recipe: Recipe) -> None:
     for table, commits, own in checks:
         shards = {shard: found[table.name, table.source, shard] for shard in commits}
         problems += [f"{table}: {text}" for text in [*own, *_of_table(table, commits, shards)]]
-    for request in requests(root):
+    problems += _published_problems(root)
+    forgotten = requests(root)
+    problems += _forgotten_problems(checks, found, forgotten)
+    for request in forgotten:
         for folder in request.made_from_them:
             log.warning("%s was made from images that were forgotten on %s: make it anew", folder, request.at)
     for problem in problems:
@@ -133,6 +138,30 @@ def _chain_problems(table: Table, manifest: Manifest) -> Iterator[str]:
         if missing and manifest.extra.get("maps") != "sample":  # such a depth table holds a part on purpose
             yield f"{len(missing)} shards, first {missing[0]}, of its input {kind} are not in it: run `{table.stage}`"
     yield from _codebook_problems(table.root, manifest)
+
+
+def _published_problems(root: Root) -> Iterator[str]:
+    """Files of codebook and model that are not what their manifests say."""
+    for folder, stage in PUBLISHED.items():
+        try:
+            manifest = root.manifest(folder)
+            for entry in manifest.files if manifest is not None else ():
+                checked(root, entry, folder, stage=stage)
+        except DamagedTableError as error:
+            yield str(error)
+
+
+def _forgotten_problems(
+    checks: Collection[tuple[Table, Mapping[int, ShardCommit], Collection[str]]],
+    found: Mapping[tuple[str, str, int], Checked],
+    forgotten: Collection[Request],
+) -> Iterator[str]:
+    """Rows of images that were to be forgotten; a table of listed files has other ids."""
+    barred = np.array(sorted({int(key, 16) for request in forgotten for key in request.ids}), np.uint64)
+    for table, commits, _ in checks:
+        for shard in commits if len(barred) and table.name != "listing" else ():
+            for key in np.intersect1d(found[table.name, table.source, shard].ids, barred):
+                yield f"{table}: shard {shard}: image {key:016x} stands, which `forget` was told: run `forget` again"
 
 
 def _codebook_problems(root: Root, manifest: Manifest) -> Iterator[str]:

@@ -6,6 +6,8 @@ Shape legend: H, W height and width in pixels, 3 the red, green and blue channel
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what PIL may try; its
 LOSSY = ("JPEG", "MPO", "WEBP")  # stored again as JPEG, all else as PNG
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 PNG_DEPTH = 24  # offset of the byte that says bits per channel
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)  # what PIL's readers raise on broken files
+# what PIL's readers raise on broken files: they trust lengths and offsets that stand in them
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 class ImageError(ValueError):
@@ -129,8 +142,10 @@ def _opened(data: bytes, limits: ImageLimits) -> Image.Image:
         raise ImageError(Reason.TOO_SMALL, f"{width} x {height} pixels; the shorter side needs {limits.min_side}")
     if width * height > limits.max_pixels:
         raise ImageError(Reason.TOO_LARGE, f"{width} x {height} pixels; the limit is {limits.max_pixels} pixels")
-    # a phone's multi-picture JPEG is one photograph with extras, so it counts as still
-    if image.format != "MPO" and getattr(image, "is_animated", False):
+    with _decoding(image):  # frames are counted by reading through all of them
+        # a phone's multi-picture JPEG is one photograph with extras, so it counts as still
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    if animated:
         raise ImageError(Reason.ANIMATED_IMAGE, f"the {image.format} holds more than one frame; give one picture")
     if image.mode == "F":
         raise ImageError(Reason.NOT_AN_IMAGE, f"the {image.format} holds floats, whose range nobody states; scale it")

@@ -183,6 +183,7 @@ def check(recipe: Recipe, undisturbed: Undisturbed, stage: str, before: Markers)
         ]
         assert table.unnamed() == [] and problems_of(table) == []
     after = markers(recipe, stage)
+    assert after.keys() == markers(undisturbed.recipe, stage).keys(), "a shard has a revision that nobody needed"
     assert {path: after[path] for path in before} == before, "a shard was done again that was committed before"
     for path, text in after.items():
         rows += json.loads(text)["read"]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from schemas.tables import TABLES, Reason
 from workflows import append, assemble, clean, depth, forget, ingest, requeue, tokenize_depth, verify
 from workflows.commits import Table
 from workflows.folders import FORGOTTEN_NAME
+from workflows.forgotten import Request
+from workflows.shards import ShardResult, Work
 from workflows.store import DamagedTableError, StageError, open_root
 
 PER_SHARD = 4  # rows, as in conftest.recipe_of
@@ -47,7 +50,7 @@ def folder_of(place: Path, pictures: dict[str, bytes]) -> Path:
 
 
 def source(folder: Path, name: str = "photos", **more: Any) -> dict[str, Any]:
-    return {"name": name, "format": "folder", "path": str(folder), **more}
+    return {"name": name, "format": "folder", "path": str(folder)} | more
 
 
 def table(recipe: Recipe, name: str, of: str = "photos") -> Table:
@@ -123,9 +126,14 @@ def test_what_is_appended_gets_shards_of_its_own_and_the_rest_is_left_alone(
     assert all_commits(recipe) == after
 
 
-def test_an_interrupted_listing_is_cut_as_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["folder", "list"])
+def test_an_interrupted_listing_is_cut_as_an_undisturbed_one(tmp_path: Path, form: str) -> None:
     folder = folder_of(tmp_path / "photos", {f"{i:02}.png": png(i) for i in range(10)})
-    whole, broken = (recipe_of(tmp_path / name, [source(folder)]) for name in ("whole", "broken"))
+    (folder / "list.txt").write_text("".join(f"{i:02}.png\n" for i in (0, 0, 1, 2, 0, 1, 3, 3, 4, 0, 5)))
+    listed = (
+        source(folder) if form == "folder" else {"name": "photos", "format": form, "path": str(folder / "list.txt")}
+    )
+    whole, broken = (recipe_of(tmp_path / name, [listed]) for name in ("whole", "broken"))
     for recipe in (whole, broken):
         ingest.run(recipe)
     listing = table(broken, "listing")
@@ -134,6 +142,49 @@ def test_an_interrupted_listing_is_cut_as_an_undisturbed_one(tmp_path: Path) -> 
     shutil.rmtree(Path(broken.root) / "images")
     ingest.run(broken)
     assert digests(broken) == digests(whole)
+    assert table(whole, "listing").require().read == (10 if form == "folder" else 11)
+    append.run(broken)
+    assert digests(broken) == digests(whole), "an address that is listed twice was taken for a new one"
+
+
+def tar_of(pictures: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in pictures.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def test_a_tar_that_was_cut_off_gives_all_its_rows_after_it_was_mended(tmp_path: Path) -> None:
+    whole = tar_of({f"{i}.png": png(i) for i in range(6)})
+    folder = folder_of(tmp_path / "shards", {"a.tar": whole[: len(whole) // 2], "b.tar": tar_of({"9.png": png(9)})})
+    recipe = recipe_of(tmp_path / "root", [source(folder, format="webdataset")])
+    ingest.run(recipe)
+    before = table(recipe, "images").require()
+    assert 0 < before.kept < 7 and before.rejected == 1
+    (reason,) = before.shards[0].reasons
+    (folder / "a.tar").write_bytes(whole)
+    (done,) = requeue.run(recipe, reason)
+    after = table(recipe, "images").require()
+    assert (done.refused, after.read, after.kept, after.rejected) == (0, 7, 7, 0)
+    assert after.shards[1] == before.shards[1]
+    verify.run(recipe)
+
+
+def test_what_is_mended_does_not_change_a_row_that_stands_under_its_id(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "photos", {"a.png": png(1)[:200], "b.png": png(1), "c.png": png(2)})
+    turns = {name: [{"kind": "vqa", "prompt": f"Is it {name}?", "answer": "yes"}] for name in ("a.png", "b.png")}
+    records = [json.dumps({"image": name, "turns": asked}) + "\n" for name, asked in turns.items()]
+    (folder / "records.jsonl").write_text("".join(records))
+    recipe = recipe_of(tmp_path / "root", [source(folder)])
+    ingest.run(recipe)
+    before = table(recipe, "images").read_shard(0).to_pylist()
+    (folder / "a.png").write_bytes(png(1))
+    requeue.run(recipe, "truncated_image")
+    assert table(recipe, "images").read_shard(0).to_pylist() == before
+    assert refused(recipe, "images") == {"a.png": "duplicate_id"}
 
 
 def test_refused_rows_are_tried_again_in_their_place_and_nothing_else_is(
@@ -201,6 +252,11 @@ def test_a_training_image_that_is_held_out_too_is_taken_out_and_a_shared_one_is_
     ingest.run(told)
     assert refused(told, "images", "one") == {"x.png": "duplicate_id"} and refused(told, "images", "two") == {}
     assert sorted(table(told, "images", "two").require().extra["shared"]) == sorted(shared)
+    folder_of(two, {"new.png": png(55)})
+    append.run(recipe)
+    ingest.run(recipe)
+    assert table(recipe, "images", "two").require().kept == 3
+    assert sorted(table(recipe, "images", "two").require().extra["shared"]) == sorted(shared)
 
 
 def mixture(name: str) -> str:
@@ -262,6 +318,116 @@ def test_what_was_made_from_a_forgotten_image_is_marked(
     caplog.clear()
     verify.run(recipe)
     assert "codebook was made from images that were forgotten" in caplog.text
+
+
+def test_of_two_requests_at_once_each_is_kept(
+    tmp_path: Path, teacher: Path, run_stages: Callable[[Recipe], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "photos", {f"{i}.png": png(i) for i in range(4)})
+    recipe = recipe_of(tmp_path / "root", [source(folder)], depth__teacher=teacher)
+    run_stages(recipe)
+    one, other, *rest = ids_by_name(recipe).values()
+    without, began = forget.without, []
+
+    def second_first(*arguments: Any) -> ShardResult:
+        """The first request has read its shard and not committed it when the second one does all of its work."""
+        made = without(*arguments)
+        if not began:
+            began.append(True)
+            assert forget.run(recipe, [other]).rows["images/photos"] == 1
+        return made
+
+    monkeypatch.setattr(forget, "without", second_first)
+    assert forget.run(recipe, [one]).rows["images/photos"] == 1
+    assert began and list(ids_by_name(recipe).values()) == rest
+    ingest.run(recipe)
+    for stage in (ingest, depth, tokenize_depth, assemble):
+        stage.run(recipe)
+    verify.run(recipe)
+    for name in ("depth", "codes", "samples"):
+        assert [key for c in table(recipe, name).committed().values() for key in table(recipe, name).ids_of(c)] == rest
+
+
+def test_a_request_while_ingest_works_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(tmp_path / "photos", {f"{i}.png": png(i) for i in range(6)})
+    recipe = recipe_of(tmp_path / "root", [source(folder)])
+    key = ingest.image_id(png(0))
+    process = ingest.IngestWorker.process
+
+    def told_meanwhile(worker: ingest.IngestWorker, work: Work) -> ShardResult:
+        if work.shard == 0:
+            with pytest.raises(StageError, match="no table"):
+                forget.run(recipe, [key])
+        return process(worker, work)
+
+    monkeypatch.setattr(ingest.IngestWorker, "process", told_meanwhile)
+    ingest.run(recipe)
+    assert refused(recipe, "images")[key] == "forgotten" and key not in ids_by_name(recipe).values()
+    verify.run(recipe)
+
+
+def test_verify_knows_what_was_forgotten_and_every_file_of_a_codebook(
+    tmp_path: Path, teacher: Path, run_stages: Callable[[Recipe], None]
+) -> None:
+    folder = folder_of(tmp_path / "photos", {f"{i}.png": png(i) for i in range(4)})
+    recipe = recipe_of(tmp_path / "root", [source(folder)], depth__teacher=teacher)
+    run_stages(recipe)
+    verify.run(recipe)
+    key = next(iter(ids_by_name(recipe).values()))
+    request = Request(ids=(key,), at="2026-01-01T00:00:00Z").model_dump_json()
+    open_root(recipe.root).create(request.encode(), "forgotten", "unfinished.json")
+    weights = Path(recipe.root) / "codebook" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(DamagedTableError) as caught:
+        verify.run(recipe)
+    assert "codebook: file model.safetensors has sha256" in str(caught.value)
+    for name in ("images", "depth", "codes", "samples"):
+        assert f"{name}/photos: shard 0: image {key} stands, which `forget` was told" in str(caught.value)
+
+
+def test_marks_come_before_any_id_goes(
+    tmp_path: Path, teacher: Path, run_stages: Callable[[Recipe], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "photos", {f"{i}.png": png(i) for i in range(4)})
+    recipe = recipe_of(tmp_path / "root", [source(folder)], depth__teacher=teacher, assemble__row_group_rows=2)
+    run_stages(recipe)
+    (Path(recipe.root) / "runs" / "train-1").mkdir(parents=True)
+    key = next(iter(ids_by_name(recipe).values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(forget, "_taken_out", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forget.run(recipe, [key])
+    assert json.loads((Path(recipe.root) / "runs" / "train-1" / FORGOTTEN_NAME).read_text())["ids"] == [key]
+    plan = folder_of(Path(recipe.root) / "plan" / "attempt" / "images", {"sample.parquet": b"images"})
+    assert forget.run(recipe, [key]).rows["samples/photos"] == 1
+    assert not list(plan.iterdir())
+    samples = table(recipe, "samples")
+    assert samples.row_group_rows(samples.committed()[0]) == 2
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_clean_takes_the_scratch_of_what_ended(
+    tmp_path: Path, teacher: Path, run_stages: Callable[[Recipe], None]
+) -> None:
+    folder = folder_of(tmp_path / "photos", {f"{i}.png": png(i) for i in range(4)})
+    recipe = recipe_of(tmp_path / "root", [source(folder)], depth__teacher=teacher)
+    root, tomorrow = Path(recipe.root), time.time() + 25 * 3600
+    scratch = [folder_of(root / name / "deep", {"a": b"x"}) for name in ("plan/one", "runs/codebook-one")]
+    kept = folder_of(root / "runs" / "train-one", {"checkpoint": b"x"})
+    ingest.run(recipe)
+    assert clean.run(recipe) == []
+    assert [s.path for s in clean.run(recipe, now=tomorrow)] == ["plan/one/deep/a"], "a killed training goes on"
+    run_stages(recipe)
+    assert [s.path for s in clean.run(recipe, yes=True, now=tomorrow)] == [
+        "plan/one/deep/a",
+        "runs/codebook-one/deep/a",
+    ]
+    assert not any(list(place.iterdir()) for place in scratch) and list(kept.iterdir())
 
 
 def test_clean_shows_first_and_takes_only_what_nobody_needs(tmp_path: Path) -> None:

@@ -150,6 +150,22 @@ def test_what_is_stored_can_be_decoded_and_what_can_is_stored(options: dict[str,
     assert 15 < sum(one is None for one, _ in verdicts) < 135
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PNG", "WEBP"])
+def test_a_file_cut_off_anywhere_is_refused_or_read(kind: str) -> None:
+    small = [frame.resize((24, 18)) for frame in FRAMES]
+    whole = encoded(small[0], kind, **({"save_all": True, "append_images": small[1:]} if kind == "GIF" else {}))
+    for end in range(len(whole)):
+        refusal(partial(stored, max_side=300, jpeg_quality=95), whole[:end])
+    assert refusal(decode, whole[: len(whole) // 2]) is not None
+
+
+def test_tags_that_cannot_be_read_refuse_the_file() -> None:
+    header, rest = PNG[:33], PNG[33:]
+    tags = struct.pack(">I", 4) + b"eXIfMM\0*" + struct.pack(">I", zlib.crc32(b"eXIfMM\0*"))
+    assert refusal(partial(stored, max_side=300, jpeg_quality=95), header + tags + rest) is Reason.TRUNCATED_IMAGE
+
+
 def refusal(read: Callable[[bytes, ImageLimits], Any], data: bytes) -> Reason | None:
     try:
         read(bytes(data), LIMITS)

@@ -164,6 +164,14 @@ def test_a_row_that_cannot_be_used_is_refused_and_the_others_are_kept(
     assert len(results(reader(path, columns))) == 3 > len(found)
 
 
+def test_a_mask_for_an_image_that_cannot_be_opened_refuses_its_row(tmp_path: Path) -> None:
+    mask = encoded(np.uint8(masks(0)[0]), "PNG")
+    path = save(tmp_path / "a.parquet", {"image": hub(b"no image", png(0)), "x": [mask, None]})
+    ((reason, message),) = refusals(reader(path, {"mask": "x"}))
+    assert reason == Reason.NOT_AN_IMAGE and "no mask can be laid on it" in message
+    assert len(results(reader(path, {"mask": "x"}))) == 2
+
+
 def test_columns_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     table = {"image": hub(png(0)), "q": [["a", "b"]], "a": [["c"]], "b": [[[0.0, 0.0, 1.0, 1.0]] * 3]}
     path = save(tmp_path / "a.parquet", table)
