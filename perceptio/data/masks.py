@@ -14,6 +14,7 @@ from pycocotools import mask as coco
 
 Bools = npt.NDArray[np.bool_]
 Rle = dict[str, Any]  # height, width, counts: a row of schemas.tables.RLE
+MOST_BITS = 40  # of a run length
 
 
 def masks_to_rle(masks_OHW: Bools) -> list[Rle]:
@@ -52,6 +53,8 @@ def _runs(counts: str) -> list[int]:
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
+            if shift > MOST_BITS:  # a hostile number without end would take the square of its length
+                raise ValueError(f"a run of the mask has more than {MOST_BITS} bits: it is longer than any image")
             continue
         if bits & 16:
             value -= 1 << shift

@@ -28,9 +28,11 @@ BUSY = (408, 425, 429)  # and 5xx: worth another try
 GONE = (404, 410)
 LONGEST_WAIT_S = 10.0  # before another try
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-INSIDE = (  # public by their number, yet answered from inside a cloud
+INSIDE = (  # public by their number as Python 3.11 knows them, yet answered from inside a cloud or network
     ipaddress.ip_network("192.0.0.0/24"),
     ipaddress.ip_network("168.63.129.16/32"),
+    ipaddress.ip_network("fec0::/10"),
+    ipaddress.ip_network("64:ff9b:1::/48"),
 )
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Sequence[str]]

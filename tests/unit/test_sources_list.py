@@ -326,7 +326,7 @@ def test_names_without_an_address_are_refused_and_failing_look_ups_repeated() ->
             "::ffff:10.0.0.1",
             "::ffff:169.254.169.254",
         ),
-        *("64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2001:db8::1"),
+        *("64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2001:db8::1", "fec0::1", "64:ff9b:1::a00:1"),
     ],
 )
 def test_addresses_inside_networks_are_not_public(address: str) -> None:
