@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CHECKOUT = Path(__file__).parents[1]
 Record = Callable[..., None]
-LONGEST_TURN_S = 300  # `.ci/run` has 20 minutes for a proof, on machines of a third of the speed
+LONGEST_TURN_S = 300  # `.ci/run` has 15 minutes for a proof, on machines of a third of the speed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -122,7 +122,7 @@ def disturb(request: pytest.FixtureRequest, root: Path, victim: str, stage: str,
         before = killed_driver(recipe, stage, moment, request.getfixturevalue("local_ray"))
     else:
         before = killed_actor(recipe, stage, moment)
-    return check(recipe, undisturbed, stage, before)
+    return check(recipe, undisturbed, stage, before, new_driver=victim == "driver")
 
 
 def drawn(seed: int, stages: tuple[str, ...] = tuple(RUN)) -> tuple[str, int]:
@@ -194,7 +194,7 @@ def test_five_killed_drivers_in_a_row_lose_and_double_nothing(
         before = now
         committed.append(len(before))
     ingest.run(recipe)
-    redone = check(recipe, undisturbed, "ingest", before)
+    redone = check(recipe, undisturbed, "ingest", before, new_driver=True)
     record(kills=5, markers=TOTAL["ingest"], committed_at_each_kill=committed, rows_done_after_the_last=redone)
 
 
