@@ -170,8 +170,8 @@ def second_node(cluster: Cluster) -> psutil.Process:
 def check(recipe: Recipe, undisturbed: Undisturbed, stage: str, before: Markers, *, new_driver: bool = False) -> int:
     """How many rows were done after the fault, after all was compared.
 
-    The same rows as undisturbed, every shard once, and no marker touched that stood before the fault. Where a new driver
-    finished the table, it had no more to do than what was not committed.
+    The same rows as undisturbed, every shard once, and no marker touched that stood before the fault. Where a new
+    driver finished the table, it had no more to do than what was not committed.
     """
     rows = redone = done = 0
     for source, table in tables(recipe, stage).items():
