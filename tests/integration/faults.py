@@ -44,12 +44,12 @@ SOURCES = ("rooms", "test")
 FIRST = (TRAINING + HELD_OUT) // PER_SHARD  # markers of a stage's first revisions
 TOTAL = {"ingest": FIRST + HELD_OUT // PER_SHARD, "depth": FIRST, "tokenize": FIRST}
 DRIVER = """
-import logging, sys
+import importlib, logging, sys
 from schemas.recipe import Recipe
-from workflows import depth, ingest, requeue, tokenize_depth
 logging.basicConfig(level=logging.INFO)
 recipe, stage, extra = Recipe.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3:]
-{"ingest": ingest, "depth": depth, "tokenize": tokenize_depth, "requeue": requeue}[stage].run(recipe, *extra)
+module = importlib.import_module("workflows." + {"tokenize": "tokenize_depth"}.get(stage, stage))  # torch takes seconds
+module.run(recipe, *extra)
 """
 Markers = dict[str, bytes]  # path below the root -> what it says
 
