@@ -27,7 +27,11 @@ def array_items(stream: BinaryIO, where: str) -> Iterator[Any]:
         separator = text.next_letter()
         if separator not in (",", "]"):
             raise text.broken(f"expected ',' or ']', found {shown(separator)}")
-        text.skip()
+        if separator == ",":
+            text.skip()
+    text.skip()
+    if behind := text.next_letter():
+        raise text.broken(f"expected the end behind ']', found {shown(behind)}")
 
 
 class _Text:

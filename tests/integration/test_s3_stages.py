@@ -25,8 +25,9 @@ from schemas.recipe import Recipe
 READ_SECONDS = 2  # of the client, below the proxy's stalls
 TABLES = ("images", "depth", "masks", "codes", "samples")
 DRIVER = """
-import json, sys
+import contextlib, json, sys
 import ray
+from conftest import in_this_process
 from perceptio.data.shards import SampleTable
 from schemas.recipe import Recipe
 from workflows import assemble, codebook, depth, ingest, masks, tokenize_depth, verify
@@ -37,8 +38,9 @@ tables = json.loads(sys.argv[1])
 ray.init(address="local", num_cpus=8, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
 for text in sys.argv[2:]:
     recipe = Recipe.model_validate_json(text)
-    for stage in (ingest, depth, masks, codebook, tokenize_depth, assemble, verify):
-        stage.run(recipe)
+    with contextlib.nullcontext() if recipe.root.startswith("s3://") else in_this_process():
+        for stage in (ingest, depth, masks, codebook, tokenize_depth, assemble, verify):
+            stage.run(recipe)
     root = open_root(recipe.root)
     digests = {f"{t}/{s.name}": Table(root, t, s.name).require().digest for t in tables for s in recipe.sources}
     for source in recipe.sources:  # as training reads them

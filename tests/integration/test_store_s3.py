@@ -320,8 +320,10 @@ def test_the_probe_for_exclusive_create_is_right_under_faults(proxied: Proxied, 
     faults = Faults(rate=0.5, seed=seed, stall=2 * READ_SECONDS)
     honest = proxied(faults)
     root = open_root(uri)
-    for _ in range(3):
+    for _ in range(50):  # each probe has a name, and with it faults, of its own
         root.require_exclusive_create("codes")
+        if honest.injected.total() >= 3:
+            break
     assert honest.injected.total() >= 3 and root.files("codes") == []
     proxied(replace(faults, drop_if_none_match=True))
     with pytest.raises(StageError, match="If-None-Match"):
