@@ -29,8 +29,8 @@ def on_actors(
     """actor(**arguments)(row) for every row, in the order in which they get done.
 
     Rows are handed out in `blocks` portions. Starts Ray at once, the actors when the first result is asked for. That
-    raises RayTaskError with the cause where an actor raised, RayError where
-    one was lost more often than Ray repeats its work.
+    raises RayTaskError with the cause where an actor raised, RayError where one was lost more often than Ray repeats
+    its work.
     """
     start(recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours count rows, not blocks
