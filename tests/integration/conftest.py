@@ -13,10 +13,11 @@ import ray
 import torch
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
+from perceptio.depth.teacher import DepthTeacher
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from tests.tiny import depth_teacher
-from workflows import actors, depth, runtime
+from workflows import actors, assemble, depth, ingest, runtime, tokenize_depth
 from workflows.folders import publish
 from workflows.store import open_root
 
@@ -91,6 +92,24 @@ def put_codebook(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None
         publish(open_root(recipe.root), folder, "codebook", **fields)
 
     return put
+
+
+@pytest.fixture(scope="module")
+def teacher_digest(teacher: Path) -> str:
+    return DepthTeacher.from_pretrained(teacher).digest
+
+
+@pytest.fixture
+def run_stages(teacher_digest: str, put_codebook: Callable[..., None]) -> Callable[[Recipe], None]:
+    def run(recipe: Recipe) -> None:
+        ingest.run(recipe)
+        depth.run(recipe)
+        if not (Path(recipe.root) / "codebook").exists():
+            put_codebook(recipe, teacher_digest)
+        tokenize_depth.run(recipe)
+        assemble.run(recipe)
+
+    return run
 
 
 def recipe_of(root: Path | str, sources: list[dict[str, Any]], **settings: Any) -> Recipe:
