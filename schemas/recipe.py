@@ -193,8 +193,9 @@ class TrainRecipe(Section):
     global_batch: Positive
     micro_batch: Positive = Field(description="samples per forward on one worker")
     zero_stage: Literal[1, 2, 3]
-    precision: Literal["fp32", "bf16", "bf16_autocast"] = Field(
-        description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, matrix products in bf16"
+    precision: Literal["fp32", "bf16", "bf16_autocast", "auto"] = Field(
+        description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, products in bf16;"
+        " auto: bf16_autocast where every worker's device computes bfloat16, fp32 where one would only emulate it"
     )
     threads: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0

@@ -28,7 +28,7 @@ from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.segmentation.sam2_image import preprocess
 from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
 from perceptio.train.feed import Feed
-from perceptio.train.optim import deepspeed_config, optimizer_and_schedule
+from perceptio.train.optim import computes_bf16, deepspeed_config, optimizer_and_schedule, settled_precision
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
 from schemas.recipe import Recipe, section_digest
@@ -53,6 +53,12 @@ def run(recipe: Recipe) -> None:
     runtime.start(recipe)
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     train = recipe.train
+    if train.precision.startswith("bf16") and not train.gpus_per_worker and not computes_bf16(torch.device("cpu")):
+        log.warning(
+            "train.precision is %s, which this machine's CPU only emulates, slowly: `auto` or `fp32`, unless the"
+            " workers are on other machines",
+            train.precision,
+        )
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -110,7 +116,8 @@ def _work(config: dict[str, Any]) -> None:
 
     runtime.enter(config["folder"])
     recipe = Recipe.model_validate_json(config["recipe"])
-    train, root = recipe.train, open_root(recipe.root)
+    train = settled_precision(recipe.train, ray.train.torch.get_device())
+    root = open_root(recipe.root)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(train.threads)
@@ -137,7 +144,7 @@ def _work(config: dict[str, Any]) -> None:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here
             _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
-    _publish(recipe, root, config, engine, model, processor, rank)
+    _publish(recipe, root, config | {"precision": train.precision}, engine, model, processor, rank)
 
 
 def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneration, Any]:
@@ -245,6 +252,7 @@ def _publish(
                 code=runtime.code_version(),
                 inputs=config["inputs"],
                 licences=_licences(recipe, root),
+                extra={"precision": config["precision"]},
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -53,8 +54,29 @@ def optimizer_and_schedule(model: nn.Module, recipe: TrainRecipe) -> tuple[AdamW
     return optimizer, schedule
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16: a CPU without them emulates it some twenty times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def settled_precision(recipe: TrainRecipe, device: torch.device) -> TrainRecipe:
+    """The recipe with `precision: auto` settled, the same for all workers, which must all call this."""
+    if recipe.precision != "auto":
+        return recipe
+    able = torch.tensor(int(computes_bf16(device)), device=device)
+    dist.all_reduce(able, dist.ReduceOp.MIN)
+    return recipe.model_copy(update={"precision": "bf16_autocast" if able.item() else "fp32"})
+
+
 def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world` workers; the batch sizes follow from the global batch."""
+    """DeepSpeed's configuration for `world` workers; the batch sizes follow from the global batch.
+
+    Raises ValueError where `precision: auto` was not settled.
+    """
+    if recipe.precision == "auto":
+        raise ValueError("precision is 'auto', expected one that settled_precision() chose")
     return {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": accumulation(recipe, world),

@@ -81,6 +81,7 @@ def test_the_model_folder_answers_and_differs_from_its_start(trained: Recipe, pa
     blank = Request(np.zeros((64, 64, 3), np.uint8), "Please segment the lamp.", "on", "on")
     perceiver = Perceiver.from_pretrained(root.at("model"))
     assert perceiver.perceive([blank], max_new_tokens=3)[0].reply.well_formed
+    assert manifest.extra["precision"] in ("bf16_autocast", "fp32")
     made_with = json.loads((Path(root.at("model")) / "perceptio.json").read_text())
     assert made_with["codebook_digest"] == perceiver.codec.digest
 

@@ -1,0 +1,58 @@
+"""Precision: where bfloat16 is only emulated, nobody trains in it by default."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from perceptio.train import optim
+from schemas.recipe import TrainRecipe
+from schemas.recipe_file import load_recipe
+
+ROOMS = Path(optim.__file__).parents[2] / "workflows" / "recipes" / "rooms.yaml"
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def recipe(precision: str) -> TrainRecipe:
+    return load_recipe(ROOMS, overrides=[f"train.precision={precision}"]).train
+
+
+@pytest.mark.parametrize(("able", "precision"), [(True, "bf16_autocast"), (False, "fp32")])
+def test_auto_is_what_the_device_computes(
+    group: None, monkeypatch: pytest.MonkeyPatch, able: bool, precision: str
+) -> None:
+    monkeypatch.setattr(optim, "computes_bf16", lambda device: able)
+    settled = optim.settled_precision(recipe("auto"), torch.device("cpu"))
+    assert settled == recipe(precision)
+    config = optim.deepspeed_config(settled, world=2)
+    assert config["torch_autocast"]["enabled"] is able and not config["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+def test_what_a_recipe_says_is_done(precision: str) -> None:
+    assert optim.settled_precision(recipe(precision), torch.device("cpu")) == recipe(precision)
+
+
+def test_an_unsettled_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision is 'auto', expected one that settled_precision"):
+        optim.deepspeed_config(recipe("auto"), world=2)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads an x86's flags; the cases above need none")
+def test_a_cpu_is_known_by_its_instructions() -> None:
+    names = set(Path("/proc/cpuinfo").read_text().split())
+    if {"avx512_bf16", "amx_bf16"} & names:
+        assert optim.computes_bf16(torch.device("cpu"))
+    elif "avx512f" not in names:
+        assert not optim.computes_bf16(torch.device("cpu"))
