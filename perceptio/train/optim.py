@@ -57,7 +57,7 @@ def optimizer_and_schedule(model: nn.Module, recipe: TrainRecipe) -> tuple[AdamW
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16: a CPU without them emulates it some twenty times slower."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
