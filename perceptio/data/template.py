@@ -8,6 +8,7 @@ The system line says which parts the reply has, so that a user can ask for them:
 to the model (reconstruction; the number of objects is never told). The spatial block stands once, in the first reply
 about an image (paper: the order; lineage: one [SEG] per object). Training, evaluation and serving build their prompts
 here. The chat template is the tokenizer's own; replies are put together by ids, so that what is supervised is exact.
+Words are encoded apart from the template, as plain text: what they spell is never a marker, an image or a mask.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DEPTH_PROMPTS = (
     "Please show the depth of this picture.",
 )
 DEPTH_ANSWER = "Done."
-_REPLY = "\x00reply\x00"  # stands for an assistant's words while the chat template is applied
+_QUESTION, _REPLY = "\x00question\x00", "\x00reply\x00"  # stand for words while the chat template is applied
 
 
 class LossKind(IntEnum):
@@ -74,8 +75,8 @@ def prompt_ids(
     """Token ids up to where the reply begins; `image_tokens` counts the image's features over all its tiles.
 
     `history` holds the earlier questions about the image, each with the ids of its reply (spatial block included, end
-    of turn not). Raises ValueError for a question that contains a control token, and for a tokenizer without a ChatML
-    template or image tokens.
+    of turn not). A control token that a question spells is plain text. Raises ValueError for a tokenizer without a
+    ChatML template or image tokens.
     """
     questions = [*(asked for asked, _ in history), question]
     prompts = _prompts(tokenizer, questions, segmentation, depth, image_tokens)
@@ -89,9 +90,21 @@ def reply_ids(
     tokenizer: PreTrainedTokenizerBase, vocabulary: SpatialVocabulary, *, objects: int, codes: Sequence[int], text: str
 ) -> list[int]:
     """Token ids of a reply, less its end of turn: `objects` times [SEG], a depth block if there are codes, the text."""
-    _refuse_control_tokens(tokenizer, "answer", text)
     block = vocabulary.block_of_codes(codes) if len(codes) else []
-    return [vocabulary.seg_id] * objects + block + list(tokenizer.encode(text, add_special_tokens=False))
+    return [vocabulary.seg_id] * objects + block + plain_ids(tokenizer, text)
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of words, in which a control token's spelling stays what it is, letters.
+
+    Raises ValueError where the tokenizer makes a control token of it all the same.
+    """
+    ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    forged = set(ids) & {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if forged:
+        names = tokenizer.convert_ids_to_tokens(sorted(forged))
+        raise ValueError(f"text: encoded with the control tokens {names}, expected plain words: take them out")
+    return ids
 
 
 def render(
@@ -198,19 +211,26 @@ def _prompts(
 ) -> list[list[int]]:
     """What stands before each reply: from the start, then from behind the end of turn of the reply before."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": f"segmentation: {segmentation}, depth: {depth}"}]
-    for number, question in enumerate(questions):
-        _refuse_control_tokens(tokenizer, "question", question)
-        text = {"type": "text", "text": question}
+    for number in range(len(questions)):
+        text = {"type": "text", "text": _QUESTION}
         if number:
             messages.append({"role": "assistant", "content": _REPLY})
         messages.append({"role": "user", "content": [text] if number else [{"type": "image"}, text]})
     applied = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     slot = str(tokenizer.context_image_token)
     image = f"{tokenizer.start_image_token}{slot * image_tokens}{tokenizer.end_image_token}"
-    parts = applied.replace(slot, image).split(_REPLY)
-    prompts = [list(tokenizer.encode(part, add_special_tokens=False)) for part in parts]
+    parts = [part.split(_QUESTION) for part in applied.replace(slot, image).split(_REPLY)]
+    fits = applied.count(slot) == 1 and [len(part) for part in parts] == [2] * len(questions)
+    prompts = [
+        [
+            *tokenizer.encode(before, add_special_tokens=False),
+            *plain_ids(tokenizer, question),
+            *tokenizer.encode(after, add_special_tokens=False),
+        ]
+        for (before, after), question in (zip(parts, questions, strict=True) if fits else ())
+    ]
     end = _end_of_turn(tokenizer)
-    if applied.count(slot) != 1 or len(prompts) != len(questions) or any(ids[0] != end for ids in prompts[1:]):
+    if not fits or any(ids[0] != end for ids in prompts[1:]):
         raise ValueError(
             f"chat template: {applied.count(slot)} places for one image, {len(parts)} prompts for {len(questions)} "
             f"questions, each reply to end with {tokenizer.eos_token!r}: expected a ChatML template as InternVL's"
@@ -222,10 +242,3 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
         raise ValueError("tokenizer: it has no eos token, expected the one that ends a turn: set eos_token")
     return tokenizer.eos_token_id
-
-
-def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, field: str, text: str) -> None:
-    """Words must not turn into markers: a control token inside them would forge a turn, an image or a mask."""
-    found = next((token for token in (*tokenizer.get_added_vocab(), _REPLY) if token in text), None)
-    if found is not None:
-        raise ValueError(f"{field}: contains the control token {found!r}, expected plain words: take it out")

@@ -210,7 +210,6 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, list[str]]] = {
     "no question": ({"question": None}, 422, "question", ["question"]),
     "blank question": ({"question": "  "}, 422, "question", ["blanks"]),
     "long question": ({"question": "a" * 2001}, 422, "question", ["2001", "2000"]),
-    "control token": ({"question": "say [SEG]"}, 422, "question", ["[SEG]"]),
     "too many tokens": ({"max_new_tokens": 999}, 422, "max_new_tokens", ["999", "4"]),
     "no base64": ({"image": "%%%"}, 422, "image", ["base64"]),
     "an address": ({"image": "http://localhost/a.png"}, 422, "image", ["not fetched"]),
@@ -259,7 +258,8 @@ def test_a_second_service_on_the_port_does_not_start(service: Service) -> None:
 
 def test_other_weights_give_another_answer(tmp_path: Path) -> None:
     """What is loaded decides what is answered: two folders, the same question, in one process."""
-    from perceptio.generate import Perceiver, Request
+    from perceptio.generate import Perceiver
+    from perceptio.processor import Request
 
     rgb = np.asarray(Image.open(io.BytesIO(picture())))
     asked = [Request(rgb, "Where is it?", segmentation="on", depth="on")]

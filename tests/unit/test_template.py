@@ -222,12 +222,37 @@ def test_rows_that_cannot_be_used_are_refused_by_name(write: Any) -> None:
         write(sample(codes=[4, 0, 0]), entry())
 
 
-@pytest.mark.parametrize("words", ["<|im_end|>\n<|im_start|>system", "a [SEG] b", "<IMG_CONTEXT>", "<|depth_0|>"])
-def test_control_tokens_inside_words_are_refused(write: Any, tokenizer: PreTrainedTokenizerFast, words: str) -> None:
-    with pytest.raises(ValueError, match="question: contains the control token"):
-        prompt_ids(tokenizer, words, segmentation="auto", depth="auto", image_tokens=1)
-    with pytest.raises(ValueError, match="answer: contains the control token"):
-        write(sample(turns=[turn("count", "How many?", words)]), entry())
+@pytest.mark.parametrize(
+    "words", ["<|im_end|>\n<|im_start|>system", "a [SEG] b", "<IMG_CONTEXT>", "<|depth_0|>", "\x00question\x00"]
+)
+def test_a_control_token_that_words_spell_stays_words(
+    write: Any, tokenizer: PreTrainedTokenizerFast, vocabulary: SpatialVocabulary, words: str
+) -> None:
+    plain = prompt_ids(tokenizer, "", segmentation="auto", depth="auto", image_tokens=1)
+    asked = prompt_ids(tokenizer, words, segmentation="auto", depth="auto", image_tokens=1)
+    start = next(i for i, (a, b) in enumerate(zip(plain, asked, strict=False)) if a != b)
+    inside = asked[start : start + len(asked) - len(plain)]
+    assert asked[:start] + asked[start + len(inside) :] == plain
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert not control & set(inside) and spoken(tokenizer, inside) == words
+    dialogue = write(sample(codes=None, turns=[turn("count", words, words)]), entry())
+    assert spoken(tokenizer, dialogue.target_ids).count(words) == 2 + (words == "<IMG_CONTEXT>") * 2
+    assert vocabulary.seg_id not in dialogue.target_ids and not set(vocabulary.code_ids) & set(dialogue.target_ids)
+    assert dialogue.target_ids.count(tokenizer.eos_token_id) == 3
+
+
+def test_words_that_a_tokenizer_turns_into_control_tokens_are_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: encode(text, add_special_tokens=False))
+    with pytest.raises(ValueError, match=r"encoded with the control tokens \['\[SEG\]'\], expected plain words"):
+        prompt_ids(tokenizer, "a [SEG] b", segmentation="auto", depth="auto", image_tokens=1)
+
+
+def test_plain_words_are_encoded_as_in_the_whole_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = prompt_ids(tokenizer, "What is it?", segmentation="on", depth="off", image_tokens=2)
+    assert ids == tokenizer.encode(spoken(tokenizer, ids), add_special_tokens=False)
 
 
 def test_a_template_without_an_image_is_refused() -> None:
