@@ -48,7 +48,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply taken apart. `problem` is empty where the reply follows the grammar."""
+    """A reply taken apart, up to its first violation. `problem` is empty where the reply follows the grammar."""
 
     objects: int
     codes: tuple[int, ...]
@@ -72,6 +72,11 @@ class ReplyGrammar:
     max_objects: int
     segmentation: Part = "auto"
     depth: Part = "auto"
+
+    @property
+    def longest_block(self) -> int:
+        """The most tokens that may stand before the text."""
+        return (self.segmentation != "off") * self.max_objects + (self.depth != "off") * (self.tokens + 2)
 
     def allowed(self, state: State) -> Allowed:
         """The kinds of token that may follow `state`."""
@@ -111,23 +116,25 @@ class ReplyGrammar:
     def parse(self, ids: Sequence[int]) -> Reply:
         """The reply in `ids` (without the prompt, without what follows the end of turn).
 
-        Never raises on what a model wrote: the first violation goes into `problem`, and what could be read is kept.
+        Never raises on what a model wrote, and never mends it: the first violation goes into `problem`, and nothing
+        behind it is read. Codes are given where their block is whole, and only there.
         """
-        state, problem = State(), ""
+        state, problem, text = State(), "", []
         for position, token_id in enumerate(ids):
             try:
                 state = self.advance(state, token_id)
             except ValueError as error:
                 problem = f"position {position}: {error}"
                 break
+            if state.phase is Phase.TEXT and token_id != self.vocabulary.depth_end_id:
+                text.append(token_id)
         if not problem and state.phase in (Phase.CODES, Phase.DEPTH_END):
             problem = f"the depth block ends after {state.codes} of {self.tokens} codes"
         if not problem and state.phase is Phase.OBJECTS and not self.allowed(state).text:
             problem = "the reply ends before a demanded part"
-        codes = [token_id - self.vocabulary.first_code_id for token_id in ids if token_id in self.vocabulary.code_ids]
-        text = tuple(token_id for token_id in ids if token_id not in self.vocabulary.all_ids)
-        objects = sum(token_id == self.vocabulary.seg_id for token_id in ids)
-        return Reply(objects, tuple(codes), text, problem)
+        end = state.objects + 1 + state.codes
+        codes = self.vocabulary.codes_of_ids(ids[end - state.codes : end]) if state.depth_done else []
+        return Reply(state.objects, tuple(codes), tuple(text), problem)
 
     def _kind(self, token_id: int) -> str:
         vocabulary = self.vocabulary

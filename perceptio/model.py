@@ -14,48 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, InternVLConfig, InternVLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
+from perceptio.config import PerceptioConfig
 from perceptio.depth.codebook import CONFIG_NAME, WEIGHTS_NAME
 from perceptio.depth.codec import DepthCodec
+from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.mask_decoder import MaskPrediction, SegMaskDecoder
 from perceptio.segmentation.sam2_image import Sam2Features, Sam2ImageConfig, Sam2ImageModel
-from perceptio.vlm.backbone import extend_vocabulary, load_backbone
-from perceptio.vocabulary import SpatialVocabulary
+from perceptio.vlm.backbone import MODEL_TYPE, extend_vocabulary, load_backbone
 from schemas.recipe import SpatialName
 
 CODEBOOK_FOLDER = "codebook"
-
-
-@strict
-class PerceptioConfig(InternVLConfig):  # type: ignore[no-untyped-call]  # transformers' own hook
-    """InternVL's configuration, with the spatial vocabulary, SAM2's shape and the codebook's digest."""
-
-    model_type = "perceptio"
-
-    sam2_config: dict[str, Any] | None = None  # of Sam2ImageConfig
-    codebook_digest: str = ""
-    depth_codes: int = 0  # K
-    depth_tokens: int = 0  # N
-    seg_token_id: int = -1
-    depth_start_token_id: int = -1
-    depth_end_token_id: int = -1
-    first_code_token_id: int = -1
-    max_objects: int = 5
-
-    @property
-    def vocabulary(self) -> SpatialVocabulary:
-        """The ids of the spatial tokens."""
-        return SpatialVocabulary(
-            self.seg_token_id,
-            self.depth_start_token_id,
-            self.depth_end_token_id,
-            self.first_code_token_id,
-            self.depth_codes,
-        )
 
 
 class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # type: ignore[no-untyped-call]
@@ -104,14 +76,32 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        sam2: str | Path | None = None,
+        codebook: str | Path | None = None,
+        max_objects: int = 5,
+        **kwargs: Any,
     ) -> PerceptioForConditionalGeneration:
-        """The model of a Perceptio folder or hub id, with its codec; ValueError where the codebook is another one's."""
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        files = [
-            cached_file(str(pretrained_model_name_or_path), name, subfolder=CODEBOOK_FOLDER)
-            for name in (CONFIG_NAME, WEIGHTS_NAME)
-        ]
+        """The model of a Perceptio folder or hub id, with its codec.
+
+        An InternVL becomes an untrained Perceptio with the folders `sam2` and `codebook` (see `from_parts`; its
+        processor is `PerceptioProcessor.from_pretrained(INTERNVL, codebook=...)`). Raises ValueError for any other
+        model, for an InternVL without these two, and where the codebook is not the one that the model was trained with.
+        """
+        source = str(pretrained_model_name_or_path)
+        if sam2 is not None and codebook is not None:
+            dtype = kwargs.pop("dtype", torch.float32)
+            if args or kwargs:
+                raise ValueError(f"{source}: {sorted(kwargs) or args} are for a Perceptio folder, got an InternVL's")
+            return cls.from_parts(source, sam2, codebook, max_objects=max_objects, dtype=dtype)[0]
+        found = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if found != PerceptioConfig.model_type:
+            hint = ": pass sam2= and codebook= too" if found == MODEL_TYPE else ""
+            raise ValueError(f"{source}: config.json has model_type {found!r}, expected 'perceptio'{hint}")
+        model = super().from_pretrained(source, *args, **kwargs)
+        files = [cached_file(source, name, subfolder=CODEBOOK_FOLDER) for name in (CONFIG_NAME, WEIGHTS_NAME)]
         model.attach_codec(DepthCodec.from_pretrained(Path(str(files[0])).parent).to(model.device))
         return model
 
@@ -126,7 +116,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         starts_as: Mapping[SpatialName, str] | None = None,
         prompts_start_as_clicks: bool = False,
         dtype: torch.dtype = torch.float32,
-    ) -> tuple[PerceptioForConditionalGeneration, Any]:
+    ) -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
         """An untrained Perceptio model and its processor, from an InternVL, a SAM2 image model and a codebook.
 
         `base` is a folder or hub id in transformers' layout; the tokenizer and embeddings are extended here (see
@@ -160,8 +150,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             model.segmenter.start_as_clicks()
         model.generation_config = backbone.generation_config
         model.attach_codec(codec)
-        return model, processor
+        return model, PerceptioProcessor.of(processor, model.config)
 
 
-AutoConfig.register("perceptio", PerceptioConfig)
 AutoModelForImageTextToText.register(PerceptioConfig, PerceptioForConditionalGeneration)

@@ -35,8 +35,9 @@ from perceptio.data.images import ImageLimits, decode
 from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import DEPTH_PROMPTS
 from perceptio.depth.codec import DepthCodec
-from perceptio.generate import Perceiver, Perception, Request
+from perceptio.generate import Perceiver, Perception
 from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.processor import Request
 from schemas.manifest import FileEntry, Manifest
 from schemas.recipe import Recipe
 from schemas.tables import PREDICTIONS

@@ -21,7 +21,7 @@ from perceptio.data.images import encode_depth16
 from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import prompt_ids
 from perceptio.generate import Perceiver, Perception
-from perceptio.generate import Request as Question
+from perceptio.processor import Request as Question
 from schemas.recipe import ServeRecipe
 from schemas.service import DepthReply, MaskReply, PerceiveReply, Rle
 from workflows.endpoint import Query, RefusedError

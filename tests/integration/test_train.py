@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from perceptio.generate import Perceiver, Request
+from perceptio.generate import Perceiver
+from perceptio.processor import Request
 from perceptio.train.step import TERMS
 from schemas.recipe import Recipe
 from tests.tables import fill, published, recipe_in

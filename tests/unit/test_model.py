@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from perceptio.depth.codebook import CodebookConfig, DepthCodebook
 from perceptio.depth.codec import DepthCodec
-from perceptio.generate import Perceiver, Perception, Request
+from perceptio.generate import Perceiver, Perception
 from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.processor import Request
 from perceptio.vlm.backbone import load_backbone
 from tests.tiny import tiny_model, tiny_parts
 

@@ -1,0 +1,142 @@
+"""Greedy decoding of a batch under the grammar, in one pass over a key-value cache.
+
+What the grammar leaves open decides what is computed: inside the depth block the K code rows of the output head, behind
+a whole block nothing at all, elsewhere the whole head. A `[SEG]` state is taken where `[SEG]` is the input (lineage).
+
+Shape legend: B sequences, T prompt tokens (left-padded), D hidden size, V vocabulary, R rows of the output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from perceptio.grammar import Allowed, Phase, ReplyGrammar, State
+from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.vocabulary import SpatialVocabulary
+
+ANYTHING = Allowed(True, True, True, True, True)
+
+
+@dataclass
+class Written:
+    """What was written for one prompt; a mutable record while it grows."""
+
+    grammar: ReplyGrammar
+    ids: list[int] = field(default_factory=list)  # the end of turn is not among them
+    seg_states: list[Tensor] = field(default_factory=list)  # [D] for each [SEG] that was read again
+    finish: Literal["", "stop", "length"] = ""
+    state: State = field(default_factory=State)
+
+
+@torch.inference_mode()
+def decode(
+    model: PerceptioForConditionalGeneration,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    pixel_values: Tensor | None,
+    grammars: Sequence[ReplyGrammar],
+    *,
+    eos_id: int,
+    max_new_tokens: int,
+    use_grammar: bool = True,
+) -> list[Written]:
+    """The reply to each left-padded prompt.
+
+    `max_new_tokens` bounds the text; the spatial block comes on top. Without the grammar the model writes what it
+    likes, as long as with it at most. Raises ValueError for a `max_new_tokens` below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    replies = [Written(grammar) for grammar in grammars]
+    head = _Head(model.lm_head.weight, model.config.vocabulary)
+    cache = DynamicCache(config=model.config.get_text_config())
+    mask_BT = attention_mask_BT
+    places_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    ids_BT, pixels = input_ids_BT, {"pixel_values": pixel_values}
+    while True:
+        hidden_BD = model.model(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, past_key_values=cache, **pixels
+        ).last_hidden_state[:, -1]
+        for reply, hidden_D in zip(replies, hidden_BD, strict=True):
+            if not reply.finish and reply.ids and reply.ids[-1] == head.vocabulary.seg_id:
+                reply.seg_states.append(hidden_D)
+        open_ = [b for b, reply in enumerate(replies) if not reply.finish]
+        allowed = [replies[b].grammar.allowed(replies[b].state) if use_grammar else ANYTHING for b in open_]
+        chosen = head.best(hidden_BD[open_] if len(open_) < len(replies) else hidden_BD, allowed)
+        for b, token_id in zip(open_, chosen, strict=True):
+            _take(replies[b], token_id, eos_id, max_new_tokens, use_grammar)
+        if all(reply.finish for reply in replies):
+            return replies
+        ids_BT = torch.tensor([[reply.ids[-1] if reply.ids else eos_id] for reply in replies], device=mask_BT.device)
+        mask_BT = F.pad(mask_BT, (0, 1), value=1)
+        places_BT, pixels = places_BT[:, -1:] + 1, {}
+
+
+def _take(reply: Written, token_id: int, eos_id: int, max_new_tokens: int, use_grammar: bool) -> None:
+    """Puts the next token behind a reply, and ends it where it is the end of turn or the last that fits."""
+    if token_id == eos_id:
+        reply.finish = "stop"
+        return
+    reply.ids.append(token_id)
+    grammar, length = reply.grammar, len(reply.ids)
+    if use_grammar:
+        reply.state = grammar.advance(reply.state, token_id)
+        spatial = reply.state.objects + (reply.state.codes + 2 if reply.state.codes else 0)
+        full = reply.state.phase is Phase.TEXT and length - spatial >= max_new_tokens
+    else:
+        full = length >= max_new_tokens + grammar.longest_block
+    if full:
+        reply.finish = "length"
+
+
+class _Head:
+    """The output head, of which only the rows are computed that the grammar leaves open."""
+
+    def __init__(self, weight_VD: Tensor, vocabulary: SpatialVocabulary) -> None:
+        self.weight_VD, self.vocabulary = weight_VD, vocabulary
+        self._shut: dict[Allowed, Tensor] = {}
+
+    def best(self, hidden_BD: Tensor, allowed: Sequence[Allowed]) -> list[int]:
+        """The most likely of the tokens that may come next, for each state."""
+        chosen = [-1] * len(allowed)
+        for rule in dict.fromkeys(allowed):
+            places = [b for b, other in enumerate(allowed) if other == rule]
+            hidden_ND = hidden_BD if len(places) == len(allowed) else hidden_BD[places]
+            for b, token_id in zip(places, self._best(hidden_ND, rule), strict=True):
+                chosen[b] = token_id
+        return chosen
+
+    def _best(self, hidden_ND: Tensor, rule: Allowed) -> list[int]:
+        if rule.text:
+            logits_NV = F.linear(hidden_ND, self.weight_VD)
+            logits_NV[:, self._ids(rule, shut=True)] = float("-inf")
+            return [int(token_id) for token_id in logits_NV.argmax(-1).tolist()]
+        if rule == Allowed(codes=True):  # one run of rows: a view, not a copy
+            codes = self.vocabulary.code_ids
+            logits_NR = F.linear(hidden_ND, self.weight_VD[codes.start : codes.stop])
+            return [codes[code] for code in logits_NR.argmax(-1).tolist()]
+        ids_R = self._ids(rule, shut=False)
+        if len(ids_R) == 1:
+            return [int(ids_R)] * len(hidden_ND)
+        return [int(i) for i in ids_R[F.linear(hidden_ND, self.weight_VD[ids_R]).argmax(-1)].tolist()]
+
+    def _ids(self, rule: Allowed, *, shut: bool) -> Tensor:
+        """Ids of the spatial tokens that a rule with words forbids, or of those that one without words allows."""
+        if rule not in self._shut:
+            vocabulary = self.vocabulary
+            groups = (
+                (rule.seg, [vocabulary.seg_id]),
+                (rule.depth_start, [vocabulary.depth_start_id]),
+                (rule.codes, vocabulary.code_ids),
+                (rule.depth_end, [vocabulary.depth_end_id]),
+            )
+            ids = [token_id for free, group in groups if free != shut for token_id in group]
+            self._shut[rule] = torch.tensor(ids, dtype=torch.long, device=self.weight_VD.device)
+        return self._shut[rule]

@@ -1,0 +1,122 @@
+"""The processor: InternVL's, which also writes a request's prompt and reads a reply's parts.
+
+Shape legend: B requests, T tokens (left-padded), H, W the image's own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoProcessor, BatchFeature, InternVLProcessor
+
+from perceptio.config import PerceptioConfig
+from perceptio.data.template import prompt_ids
+from perceptio.depth.codec import DepthCodec
+from perceptio.grammar import Part, Reply, ReplyGrammar
+from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about one image; "on" demands a part of the reply, "off" forbids it."""
+
+    rgb_HW3: npt.NDArray[np.uint8]
+    question: str
+    segmentation: Part = "auto"
+    depth: Part = "auto"
+
+
+class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
+    """InternVL's processor, whose tokenizer has the spatial tokens of one codebook."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        video_processor: Any = None,
+        image_seq_length: int = 256,
+        chat_template: str | dict[str, str] | None = None,
+        depth_codes: int = 0,
+        depth_tokens: int = 0,
+        max_objects: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        """`depth_codes` is K, `depth_tokens` N. Raises ValueError for a tokenizer without that codebook's tokens."""
+        if depth_codes < 1:
+            raise ValueError("processor: it has no spatial tokens: pass codebook=FOLDER, or a Perceptio model's folder")
+        super().__init__(image_processor, tokenizer, video_processor, image_seq_length, chat_template, **kwargs)
+        self.depth_codes, self.depth_tokens, self.max_objects = depth_codes, depth_tokens, max_objects
+        self._vocabulary = SpatialVocabulary.of(tokenizer, depth_codes)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | Path, *args: Any, codebook: str | Path | None = None, max_objects: int = 5, **kwargs: Any
+    ) -> PerceptioProcessor:
+        """The processor of a Perceptio folder or hub id, or of an InternVL's with the spatial tokens of `codebook`."""
+        if codebook is None:
+            found: PerceptioProcessor = super().from_pretrained(source, *args, **kwargs)
+            return found
+        base, codec = InternVLProcessor.from_pretrained(source, *args, **kwargs), DepthCodec.from_pretrained(codebook)
+        extend_tokenizer(base.tokenizer, codec.codes)
+        return cls._with_tokens(base, codec.codes, codec.tokens, max_objects)
+
+    @classmethod
+    def of(cls, base: InternVLProcessor, config: PerceptioConfig) -> PerceptioProcessor:
+        """The processor of a model with this configuration, from that of its base, whose tokenizer was extended."""
+        return cls._with_tokens(base, config.depth_codes, config.depth_tokens, config.max_objects)
+
+    @classmethod
+    def _with_tokens(cls, base: InternVLProcessor, codes: int, tokens: int, max_objects: int) -> PerceptioProcessor:
+        return cls(
+            base.image_processor,
+            base.tokenizer,
+            base.video_processor,
+            image_seq_length=base.image_seq_length,
+            chat_template=base.chat_template,
+            depth_codes=codes,
+            depth_tokens=tokens,
+            max_objects=max_objects,
+        )
+
+    @property
+    def vocabulary(self) -> SpatialVocabulary:
+        """The ids of the spatial tokens."""
+        return self._vocabulary
+
+    def grammar(self, segmentation: Part = "auto", depth: Part = "auto") -> ReplyGrammar:
+        """What a reply may look like to a request for these parts."""
+        return ReplyGrammar(self._vocabulary, self.depth_tokens, self.max_objects, segmentation, depth)
+
+    def ask(self, requests: Sequence[Request]) -> BatchFeature:
+        """`input_ids` and `attention_mask` [B, T] up to where replies begin, and the `pixel_values` of all tiles."""
+        images = self.image_processor([request.rgb_HW3 for request in requests], return_tensors="pt")
+        prompts = [
+            prompt_ids(
+                self.tokenizer,
+                request.question,
+                segmentation=request.segmentation,
+                depth=request.depth,
+                image_tokens=int(tiles) * self.image_seq_length,
+            )
+            for request, tiles in zip(requests, images["num_patches"], strict=True)
+        ]
+        longest = max(len(ids) for ids in prompts)
+        pad = self.tokenizer.pad_token_id
+        ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
+        mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+        return BatchFeature({"input_ids": ids_BT, "attention_mask": mask_BT, "pixel_values": images["pixel_values"]})
+
+    def read(self, ids: Sequence[int], request: Request) -> Reply:
+        """A reply's parts, up to its end of turn: never mended, and told what is wrong with it."""
+        ids = list(ids)
+        end = self.tokenizer.eos_token_id
+        return self.grammar(request.segmentation, request.depth).parse(ids[: ids.index(end)] if end in ids else ids)
+
+
+AutoProcessor.register(PerceptioConfig, PerceptioProcessor)  # type: ignore[no-untyped-call]

@@ -1,0 +1,169 @@
+"""Decoding: what is written is the best that the grammar allows, alone or in a batch, and nothing is computed twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from perceptio import decoding
+from perceptio.decoding import Written, decode
+from perceptio.generate import Perceiver
+from perceptio.grammar import Part, State
+from perceptio.processor import Request
+from tests.constrained import generate, kinds_of, open_tokens
+from tests.tiny import tiny_model
+
+NEAR = 1e-4  # two logits that are closer may change places with the size of a batch
+WORDS = 6
+PARTS: list[tuple[Part, Part]] = [
+    ("on", "on"), ("off", "off"), ("auto", "auto"), ("on", "off"), ("off", "on"), ("auto", "on"), ("on", "auto"),
+    ("off", "auto"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def perceiver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Perceiver:
+    found = Perceiver.from_pretrained(str(tiny_model(tmp_path_factory.mktemp("model"), seed=request.param)))
+    torch.manual_seed(request.param)
+    with torch.no_grad():  # so that what was read before matters, and no token wins everywhere
+        for weight in found.model.model.language_model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=0.4)
+    return found
+
+
+def requests() -> list[Request]:
+    rng = np.random.default_rng(0)
+    sizes = [(128, 128), (60, 90), (90, 60), (32, 32)] * 2
+    return [
+        Request(rng.integers(0, 256, (*size, 3), dtype=np.uint8), f"{'Is it so? ' * number}What is it?", *parts)
+        for number, (size, parts) in enumerate(zip(sizes, PARTS, strict=True))
+    ]
+
+
+def inputs(perceiver: Perceiver, asked: list[Request]) -> tuple[Tensor, Tensor, Tensor]:
+    found = perceiver.processor.ask(asked)
+    return found["input_ids"], found["attention_mask"], found["pixel_values"]
+
+
+def written(perceiver: Perceiver, asked: list[Request], **options: Any) -> list[Written]:
+    grammars = [perceiver.processor.grammar(request.segmentation, request.depth) for request in asked]
+    settings: dict[str, Any] = {"eos_id": perceiver.eos_id, "max_new_tokens": WORDS} | options
+    return decode(perceiver.model, *inputs(perceiver, asked), grammars, **settings)
+
+
+@torch.inference_mode()
+def distances(perceiver: Perceiver, request: Request, ids: list[int]) -> tuple[list[float], Tensor]:
+    """How far each token's logit is below the best that was allowed, from one pass without a cache; and the states."""
+    ids_BT, _, pixels = inputs(perceiver, [request])
+    whole_BT = torch.cat([ids_BT, torch.tensor([ids], dtype=torch.long)], dim=1)
+    hidden_TD = perceiver.model.hidden_states(whole_BT, torch.ones_like(whole_BT), pixels)[0]
+    logits_TV = perceiver.model.lm_head(hidden_TD)[ids_BT.shape[1] - 1 :]
+    grammar, state, found = perceiver.processor.grammar(request.segmentation, request.depth), State(), []
+    kind_V = kinds_of(grammar, logits_TV.shape[1])
+    for logits_V, token_id in zip(logits_TV, ids, strict=False):
+        (open_V,) = open_tokens([grammar.allowed(state)], kind_V)
+        found.append(float(logits_V[open_V].max() - logits_V[token_id]))
+        state = grammar.advance(state, token_id)
+    return found, hidden_TD[ids_BT.shape[1] :]
+
+
+def test_every_token_is_the_best_that_may_come_and_near_ties_alone_tell_ways_apart(perceiver: Perceiver) -> None:
+    asked = requests()
+    together = [reply.ids for reply in written(perceiver, asked)]
+    alone = [reply.ids for request in asked for reply in written(perceiver, [request])]
+    grammars = [perceiver.processor.grammar(request.segmentation, request.depth) for request in asked]
+    limit = max(len(ids) for ids in together)
+    ways = {"together": together, "alone": alone}
+    for cached in (True, False):
+        ways[f"transformers {cached}"] = [
+            ids[: len(ours)] if len(ids) > len(ours) else ids  # it bounds the whole reply, we the words
+            for ids, ours in zip(
+                generate(
+                    perceiver.model,
+                    *inputs(perceiver, asked),
+                    grammars,
+                    eos_id=perceiver.eos_id,
+                    new_tokens=limit,
+                    use_cache=cached,
+                ),
+                together,
+                strict=True,
+            )
+        ]
+    near_ties = 0
+    for replies in ways.values():
+        for request, ids in zip(asked, replies, strict=True):
+            below, _ = distances(perceiver, request, ids)
+            assert max(below, default=0.0) <= NEAR
+            near_ties += sum(distance > 0 for distance in below)
+    differing = sum(other != ours for replies in ways.values() for other, ours in zip(replies, together, strict=True))
+    print(f"{near_ties} near ties, {differing} of {4 * len(asked)} replies differ")
+    assert near_ties or not differing
+    assert len({tuple(ids) for ids in together}) > 4, "they must not all write the same"
+
+
+def test_every_part_is_there_as_asked(perceiver: Perceiver) -> None:
+    asked = requests()
+    tokens = perceiver.codec.tokens
+    for request, reply in zip(asked, written(perceiver, asked), strict=True):
+        read = reply.grammar.parse(reply.ids)
+        assert read.well_formed and reply.finish in ("stop", "length")
+        assert len(read.codes) in {"on": (tokens,), "off": (0,), "auto": (0, tokens)}[request.depth]
+        low, high = {"on": (1, 2), "off": (0, 0), "auto": (0, 2)}[request.segmentation]
+        assert low <= read.objects <= high and len(reply.seg_states) == read.objects
+        assert len(read.text_ids) <= WORDS and (reply.finish == "stop" or len(read.text_ids) == WORDS)
+
+
+def test_seg_states_are_those_where_seg_is_the_input(perceiver: Perceiver) -> None:
+    asked, compared = requests(), 0
+    for request, reply in zip(asked, written(perceiver, asked), strict=True):
+        _, hidden_TD = distances(perceiver, request, reply.ids)
+        places = [t for t, token_id in enumerate(reply.ids) if token_id == reply.grammar.vocabulary.seg_id]
+        for place, state_D in zip(places, reply.seg_states, strict=True):
+            torch.testing.assert_close(state_D, hidden_TD[place], atol=1e-5, rtol=1e-4)
+            compared += 1
+    assert compared >= 3
+
+
+def test_nothing_runs_twice_and_inside_the_block_the_head_has_k_rows(
+    perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request for request in requests() if (request.segmentation, request.depth) == ("off", "on")]
+    rows: list[int] = []
+    linear = decoding.F.linear
+
+    def counted(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows.append(len(weight))
+        return linear(hidden, weight)
+
+    seen: dict[str, int] = {"vision": 0, "language": 0}
+    handles = [
+        part.register_forward_pre_hook(lambda *_, name=name: seen.update({name: seen[name] + 1}))
+        for name, part in (
+            ("vision", perceiver.model.model.vision_tower),
+            ("language", perceiver.model.model.language_model),
+        )
+    ]
+    monkeypatch.setattr(decoding, "F", type("Counted", (), {"linear": counted, "pad": decoding.F.pad}))
+    (reply,) = written(perceiver, asked)
+    for handle in handles:
+        handle.remove()
+    codes, size = perceiver.codec.codes, len(perceiver.model.lm_head.weight)
+    words = len(reply.ids) - perceiver.codec.tokens - 2 + (reply.finish == "stop")
+    assert rows == [codes] * perceiver.codec.tokens + [size] * words  # markers are forced: no head at all
+    assert seen["vision"] == 1 and seen["language"] == len(reply.ids) + (reply.finish == "stop")
+
+
+def test_a_batch_answers_long_after_its_first_reply_ended(perceiver: Perceiver) -> None:
+    asked = requests()
+    replies = written(perceiver, asked, max_new_tokens=1)
+    assert [len(reply.grammar.parse(reply.ids).text_ids) for reply in replies] == [
+        0 if reply.finish == "stop" else 1 for reply in replies
+    ]
+    with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
+        written(perceiver, asked, max_new_tokens=0)

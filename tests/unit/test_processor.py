@@ -1,0 +1,113 @@
+"""The processor: prompts out, replies in; and a Perceptio made of an InternVL, or refused with what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, InternVLForConditionalGeneration
+
+from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.processor import PerceptioProcessor, Request
+from perceptio.vocabulary import extend_tokenizer
+from tests.tiny import tiny_model, tiny_parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> PerceptioProcessor:
+    return PerceptioProcessor.from_pretrained(folder)
+
+
+def requests() -> list[Request]:
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    return [Request(image, "What is it?"), Request(image, "Please segment the lamp in this image.", "on", "off")]
+
+
+def test_it_comes_back_by_its_auto_class(processor: PerceptioProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    # the configuration beside it says which class it is
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, PerceptioProcessor)
+    assert again.vocabulary == processor.vocabulary
+    assert (again.depth_tokens, again.max_objects) == (processor.depth_tokens, processor.max_objects) == (4, 2)
+    for key, value in processor.ask(requests()).items():
+        torch.testing.assert_close(again.ask(requests())[key], value)
+
+
+def test_prompts_are_padded_on_the_left_and_end_where_the_reply_begins(processor: PerceptioProcessor) -> None:
+    asked = processor.ask(requests())
+    ids_BT, mask_BT = asked["input_ids"], asked["attention_mask"]
+    assert torch.equal(mask_BT, (ids_BT != processor.tokenizer.pad_token_id).long())
+    assert 0 in mask_BT[:, 0] and torch.equal(mask_BT.sort(dim=1).values, mask_BT)
+    for ids in ids_BT.tolist():
+        assert processor.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    slots = int((ids_BT == processor.image_token_id).sum())
+    assert slots == len(asked["pixel_values"]) * processor.image_seq_length
+
+
+def test_replies_are_read_up_to_their_end_and_never_mended(processor: PerceptioProcessor) -> None:
+    known, asked = processor.vocabulary, requests()
+    word = processor.tokenizer.encode("red", add_special_tokens=False)
+    end = processor.tokenizer.eos_token_id
+    block = known.block_of_codes([1, 0, 7, 1])
+    whole = processor.read([known.seg_id, *block, *word, end, known.seg_id], asked[0])
+    assert (whole.objects, whole.codes, list(whole.text_ids), whole.problem) == (1, (1, 0, 7, 1), word, "")
+    short = processor.read([*block[:-2], known.depth_end_id, *word], asked[0])
+    assert short.codes == () and short.text_ids == () and short.problem.startswith("position 4: token")
+    late = processor.read([*block, *word, known.seg_id, *word], asked[0])
+    assert late.codes == (1, 0, 7, 1) and list(late.text_ids) == word and "cannot follow phase 'text'" in late.problem
+    assert processor.read(word, asked[1]).problem.startswith("position 0")
+    assert "ends after 2 of 4 codes" in processor.read(block[:3], asked[0]).problem
+
+
+def test_an_internvl_becomes_a_perceptio(parts: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = PerceptioForConditionalGeneration.from_pretrained(
+        parts["base"], sam2=parts["sam2"], codebook=parts["codebook"], max_objects=3
+    )
+    processor = PerceptioProcessor.from_pretrained(parts["base"], codebook=parts["codebook"], max_objects=3)
+    assert processor.vocabulary == model.config.vocabulary and processor.depth_tokens == model.config.depth_tokens
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = PerceptioForConditionalGeneration.from_pretrained(tmp_path)
+    asked = processor.ask(requests())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**asked).logits, model.eval()(**asked).logits)
+    # what it was before it still is
+    base = InternVLForConditionalGeneration.from_pretrained(parts["base"])
+    torch.testing.assert_close(model.get_parameter("model.vision_tower.embeddings.cls_token"),
+                               base.get_parameter("model.vision_tower.embeddings.cls_token"))  # fmt: skip
+
+
+def test_what_is_missing_or_too_much_is_named(parts: dict[str, Path], folder: Path) -> None:
+    load = PerceptioForConditionalGeneration.from_pretrained
+    with pytest.raises(ValueError, match=r"model_type 'internvl', expected 'perceptio': pass sam2= and codebook="):
+        load(parts["base"])
+    with pytest.raises(ValueError, match=r"model_type 'perceptio', expected 'internvl'"):
+        load(folder, sam2=parts["sam2"], codebook=parts["codebook"])
+    with pytest.raises(ValueError, match=r"\['device_map'\] are for a Perceptio folder"):
+        load(parts["base"], sam2=parts["sam2"], codebook=parts["codebook"], device_map="auto")
+    with pytest.raises(ValueError, match=r"it has no spatial tokens: pass codebook=FOLDER"):
+        PerceptioProcessor.from_pretrained(parts["base"])
+    with pytest.raises(ValueError, match=r"already extended with 8 depth codes, got 16"):
+        extend_tokenizer(PerceptioProcessor.from_pretrained(folder).tokenizer, 16)
+
+
+def test_image_tokens_that_do_not_fit_the_image_are_refused_with_both_numbers(folder: Path) -> None:
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    asked = PerceptioProcessor.from_pretrained(folder).ask(requests()[:1])
+    ids_BT = torch.cat([asked["input_ids"], torch.full((1, 1), model.config.image_token_id)], dim=1)
+    with pytest.raises(ValueError, match=r"tokens: 65, features: 64"):
+        model.hidden_states(ids_BT, torch.ones_like(ids_BT), asked["pixel_values"])
