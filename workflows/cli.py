@@ -243,6 +243,24 @@ def rooms(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of an InternVL2.5 as its authors publish it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    processor: Annotated[
+        str | None, typer.Option("--processor", help="Folder or hub id to take tokenizer and image processor from.")
+    ] = None,
+) -> None:
+    """An InternVL2.5 of its authors' layout in transformers', which `model.base` takes."""
+    with _job():
+        from workflows.store import StageError
+
+        try:
+            importlib.import_module("perceptio.vlm.original").convert_folder(source, out, processor=processor)
+        except (OSError, ValueError) as error:
+            raise StageError(f"convert: {error}") from error
+
+
+@app.command()
 def cluster(
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     recipe: RecipeOption = "cluster",

@@ -44,7 +44,7 @@ def load_backbone(
     if found != MODEL_TYPE:
         raise ValueError(
             f"{source}: config.json has model_type {found!r}, expected {MODEL_TYPE!r}: use an InternVL in "
-            "transformers' layout (hub names that end in -hf)"
+            "transformers' layout (hub names that end in -hf), or make one of its authors' with `perceptio convert`"
         )
     model = InternVLForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
     model.train(False)

@@ -1,0 +1,35 @@
+"""What the grammar costs: our loop with it and without it, over words, where both compute the whole head."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from tests.benchmarks._decoding import ours, seconds
+
+WORDS, REPEATS, BAR = 64, 5, 1.02
+
+
+def run() -> dict[str, Any]:
+    """The benchmark's result; who goes first changes with every turn."""
+    rows = []
+    for turn in range(REPEATS):
+        taken = {}
+        for use_grammar in (True, False) if turn % 2 else (False, True):
+            taken[use_grammar], replies = seconds(
+                lambda use=use_grammar: ours("off", "off", WORDS, use_grammar=use),
+                lambda use=use_grammar: ours("off", "off", 1, use_grammar=use),
+            )
+            assert {len(ids) for ids in replies} == {WORDS}
+        rows.append({"with_grammar_s": taken[True], "without_s": taken[False], "ratio": taken[True] / taken[False]})
+    value = statistics.median(row["ratio"] for row in rows)
+    return {
+        "name": "decoding_grammar",
+        "what": "our loop with the grammar, of its seconds without",
+        "value": value,
+        "unit": "x",
+        "bar": BAR,
+        "higher_is_better": False,
+        "holds": value <= BAR,
+        "rows": rows,
+    }
