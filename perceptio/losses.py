@@ -94,13 +94,15 @@ def values_at(maps_MHW: Tensor, points_MS2: Tensor) -> Tensor:
 
 def mask_bce(logits_MS: Tensor, targets_MS: Tensor) -> Tensor:
     """Mean binary cross-entropy at the sampled points, per mask: [M] (lineage: Sa2VA)."""
-    per_point_MS = F.binary_cross_entropy_with_logits(_precise(logits_MS), targets_MS.float(), reduction="none")
+    logits_MS = _precise(logits_MS)
+    per_point_MS = F.binary_cross_entropy_with_logits(logits_MS, targets_MS.to(logits_MS.dtype), reduction="none")
     return per_point_MS.mean(1)
 
 
 def mask_dice(logits_MS: Tensor, targets_MS: Tensor) -> Tensor:
     """1 - (2 |p t| + 1) / (|p| + |t| + 1) at the sampled points, per mask: [M] (lineage: Sa2VA)."""
-    p_MS, t_MS = _precise(logits_MS).sigmoid(), targets_MS.float()
+    p_MS = _precise(logits_MS).sigmoid()
+    t_MS = targets_MS.to(p_MS.dtype)
     overlap_M = 2 * (p_MS * t_MS).sum(1) + 1
     return 1 - overlap_M / (p_MS.sum(1) + t_MS.sum(1) + 1)
 

@@ -94,7 +94,12 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
         return ReplyGrammar(self._vocabulary, self.depth_tokens, self.max_objects, segmentation, depth)
 
     def ask(self, requests: Sequence[Request]) -> BatchFeature:
-        """`input_ids` and `attention_mask` [B, T] up to where replies begin, and the `pixel_values` of all tiles."""
+        """`input_ids` and `attention_mask` [B, T] up to where replies begin, and the `pixel_values` of all tiles.
+
+        Raises ValueError for a question without a word.
+        """
+        if blank := [number for number, request in enumerate(requests) if not request.question.strip()]:
+            raise ValueError(f"request {blank[0]}: its question is blank, expected words")
         images = self.image_processor([request.rgb_HW3 for request in requests], return_tensors="pt")
         prompts = [
             prompt_ids(

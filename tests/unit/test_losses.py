@@ -97,6 +97,22 @@ def test_reconstruction_by_hand_and_shape_error() -> None:
         losses.depth_reconstruction(predicted_BHW, torch.zeros(1, 3, 2), gradient=0.5)
 
 
+def test_other_gradients_in_float64() -> None:
+    torch.manual_seed(0)
+    logits_PV = torch.randn(3, VOCABULARY, dtype=torch.float64, requires_grad=True)
+    targets_P = torch.tensor([1, 7, 0])
+    assert torch.autograd.gradcheck(lambda x: losses.token_cross_entropy(x, targets_P), (logits_PV,))
+    predicted_BHW = torch.rand(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    target_BHW = torch.rand(2, 4, 5, dtype=torch.float64)  # no difference is 0, where L1 has no gradient
+    assert torch.autograd.gradcheck(
+        lambda x: losses.depth_reconstruction(x, target_BHW, gradient=0.5), (predicted_BHW,)
+    )
+    logits_MS = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    targets_MS = torch.rand(2, 6, dtype=torch.float64).round()
+    assert torch.autograd.gradcheck(lambda x: losses.mask_bce(x, targets_MS), (logits_MS,))
+    assert torch.autograd.gradcheck(lambda x: losses.mask_dice(x, targets_MS), (logits_MS,))
+
+
 def test_points_prefer_the_uncertain_border() -> None:
     logits_MHW = torch.full((1, 64, 64), 9.0)
     logits_MHW[:, :, 31:33] = 0.0

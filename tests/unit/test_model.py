@@ -111,6 +111,13 @@ def test_another_codebook_is_refused(folder: Path) -> None:
         model.attach_codec(other)
 
 
+def test_a_folder_without_its_codebook_is_refused(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    (folder / "codebook" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"codebook/model\.safetensors"):
+        PerceptioForConditionalGeneration.from_pretrained(folder)
+
+
 def test_a_swapped_codebook_on_disk_is_refused(tmp_path: Path) -> None:
     place = tiny_model(tmp_path)
     tiny_parts(tmp_path / "other", seed=5)

@@ -105,6 +105,11 @@ def test_what_is_missing_or_too_much_is_named(parts: dict[str, Path], folder: Pa
         extend_tokenizer(PerceptioProcessor.from_pretrained(folder).tokenizer, 16)
 
 
+def test_a_blank_question_is_refused(processor: PerceptioProcessor) -> None:
+    with pytest.raises(ValueError, match="request 1: its question is blank"):
+        processor.ask([*requests()[:1], Request(requests()[0].rgb_HW3, " \n")])
+
+
 def test_image_tokens_that_do_not_fit_the_image_are_refused_with_both_numbers(folder: Path) -> None:
     model = PerceptioForConditionalGeneration.from_pretrained(folder)
     asked = PerceptioProcessor.from_pretrained(folder).ask(requests()[:1])

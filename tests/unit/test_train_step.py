@@ -78,6 +78,17 @@ def test_a_batch_without_masks_or_depth_reaches_every_trained_parameter(parts: A
     assert all((plain[name] == 0).all() for name in plain if name.startswith("segmenter."))
 
 
+def test_products_in_bfloat16_change_each_term_by_a_few_percent_at_most(parts: Any) -> None:
+    bounds = dict.fromkeys(("text", "marker", "token"), 0.01) | dict.fromkeys(("count", "reconstruction"), 0.02)
+    bounds |= dict.fromkeys(("mask_bce", "mask_dice"), 0.03)
+    exact, _, exact_QC = gradients(parts, [batch_of(parts, MIXED)])
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _, rough_QC = gradients(parts, [batch_of(parts, MIXED)])
+    assert rough != exact
+    for column, term in enumerate(TERMS):
+        assert rough_QC[:, column].tolist() == pytest.approx(exact_QC[:, column].tolist(), rel=bounds[term]), term
+
+
 def test_only_wanted_parts_train(parts: Any) -> None:
     _, full, _ = gradients(parts, [batch_of(parts, MIXED)])
     trained = {name for name in full if name.startswith("segmenter.")}
