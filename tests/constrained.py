@@ -72,7 +72,7 @@ def generate(
     written_BT = anything.generate(
         input_ids=input_ids_BT,
         attention_mask=attention_mask_BT,
-        pixel_values=pixel_values,
+        **({} if pixel_values is None else {"pixel_values": pixel_values}),
         do_sample=False,
         use_cache=use_cache,
         max_new_tokens=new_tokens,

@@ -119,6 +119,8 @@ def beside(
     name: str, what: str, segmentation: Part, depth: Part, words: int, tokens: int, bar: float
 ) -> dict[str, Any]:
     """The result of a benchmark: their seconds over ours for replies of `tokens` tokens, the same on both sides."""
+    for warm_up in (ours, theirs):
+        warm_up("off", "off", 1)
     ratios, rows = [], []
     for _ in range(REPEATS):
         own, mine = seconds(lambda: ours(segmentation, depth, words), lambda: ours("off", "off", 1))

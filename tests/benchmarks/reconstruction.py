@@ -31,7 +31,7 @@ from tests.benchmarks._stage import RECIPE
 from tests.benchmarks.tokenize import write_codebook
 from workflows.runtime import shipped
 
-SIZE, REPEATS, BAR = 128, 7, 0.1
+SIZE, REPEATS, BAR = 128, 15, 0.1
 
 
 def _batch(model: PerceptioForConditionalGeneration, processor: Any, recipe: Any) -> Batch:
