@@ -142,8 +142,11 @@ class ModelRecipe(Section):
     sam2: str = Field(description="`rooms` or a folder of a SAM2 image model")
     language: Literal["lora", "full", "frozen"]
     lora: LoraRecipe | None = None
-    train_vision: bool
-    train_projector: bool
+    train_vision: bool = Field(description="InternViT")
+    train_projector: bool = Field(description="between InternViT and the language model")
+    train_embeddings: bool = Field(description="input embeddings and output head, where the spatial tokens are new")
+    train_mask_projector: bool = Field(description="from [SEG] states to SAM2's prompts; it starts at random")
+    train_mask_decoder: bool = Field(description="SAM2's, with its two high-res convolutions; its encoder never trains")
     starts_as: dict[SpatialName, str] = Field(
         description="tokens of the base whose embeddings spatial tokens start as, else the mean of all (reconstruction)"
     )

@@ -162,8 +162,13 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
     if lora is not None and part.language == "lora":
         add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.targets)
     set_trainable(
-        model, vision=part.train_vision, projector=part.train_projector, language=part.language, embeddings=True
+        model,
+        vision=part.train_vision,
+        projector=part.train_projector,
+        language=part.language,
+        embeddings=part.train_embeddings,
     )
+    model.segmenter.set_trainable(projector=part.train_mask_projector, decoder=part.train_mask_decoder)
     return model, processor
 
 

@@ -30,7 +30,8 @@ class SegMaskDecoder(nn.Module):
     embedding, and of three candidate masks the one with the best predicted IoU stays.
 
     Frozen: image encoder, prompt encoder, no-memory embedding, and the decoder's heads for IoU and object presence,
-    which no mask loss reaches. Trained: projector and the rest of the decoder, with its two high-res convolutions.
+    which no mask loss reaches. Trained unless `set_trainable` says otherwise: projector and the rest of the decoder,
+    with its two high-res convolutions.
     """
 
     def __init__(self, sam2: Sam2ImageModel, hidden_size: int) -> None:
@@ -39,11 +40,16 @@ class SegMaskDecoder(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, PROMPT_DIM)
         )
-        decoder = sam2.sam_mask_decoder
-        sam2.requires_grad_(False)
-        decoder.requires_grad_(True)
-        decoder.iou_prediction_head.requires_grad_(False)
-        decoder.pred_obj_score_head.requires_grad_(False)
+        self.set_trainable(projector=True, decoder=True)
+
+    def set_trainable(self, *, projector: bool, decoder: bool) -> None:
+        """Sets whether the projector trains, and SAM2's mask decoder but for the heads that no mask loss reaches."""
+        self.projector.requires_grad_(projector)
+        self.sam2.requires_grad_(False)
+        part = self.sam2.sam_mask_decoder
+        part.requires_grad_(decoder)
+        part.iou_prediction_head.requires_grad_(False)
+        part.pred_obj_score_head.requires_grad_(False)
 
     @torch.no_grad()
     def start_as_clicks(self) -> None:

@@ -65,6 +65,17 @@ def test_gradients_reach_every_trained_weight_and_no_frozen_one(decoder: SegMask
     assert hidden_MD.grad is not None and hidden_MD.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("part", ["projector", "decoder"])
+def test_either_part_trains_alone(decoder: SegMaskDecoder, part: str) -> None:
+    decoder.set_trainable(projector=part == "projector", decoder=part == "decoder")
+    trained = {name for name, weight in decoder.named_parameters() if weight.requires_grad}
+    start = "projector." if part == "projector" else "sam2.sam_mask_decoder."
+    assert trained and all(name.startswith(start) for name in trained)
+    hidden_MD = torch.randn(2, WIDTH)
+    decoder(hidden_MD, decoder.encode(PIXELS_B3SS), torch.tensor([0, 1])).logits_MHW.square().mean().backward()
+    assert {name for name, weight in decoder.named_parameters() if weight.grad is not None} == trained
+
+
 def test_no_states_give_no_masks_but_zero_gradients_everywhere(decoder: SegMaskDecoder) -> None:
     hidden_MD = torch.randn(0, WIDTH, requires_grad=True)
     masks = decoder(hidden_MD, decoder.encode(PIXELS_B3SS), torch.zeros(0, dtype=torch.long))
