@@ -22,7 +22,7 @@ from workflows.zoo.base_model import build_processor, train_tokenizer
 TEXTS = ["What colour is the lamp? It is red.", "Please segment the chair on the left in this image. Sure."]
 
 
-def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
+def tiny_parts(folder: Path, seed: int = 0, *, text_model: str = "qwen2", tied: bool = True) -> dict[str, Path]:
     """Folders of a random InternVL ("base"), SAM2 image model ("sam2") and depth codebook ("codebook")."""
     torch.manual_seed(seed)
     parts = {name: folder / name for name in ("base", "sam2", "codebook")}
@@ -30,7 +30,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
     processor = build_processor(tokenizer)
     side = processor.image_processor.size["height"]
     text = {
-        "model_type": "qwen2",
+        "model_type": text_model,
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -38,7 +38,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
@@ -56,7 +56,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> dict[str, Path]:
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.context_image_token),
         image_seq_length=processor.image_seq_length,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     model = InternVLForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

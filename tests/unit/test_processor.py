@@ -72,16 +72,21 @@ def test_replies_are_read_up_to_their_end_and_never_mended(processor: PerceptioP
     assert "ends after 2 of 4 codes" in processor.read(block[:3], asked[0]).problem
 
 
-def test_an_internvl_becomes_a_perceptio(parts: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("text_model", ["qwen2", "llama"])
+def test_an_internvl_becomes_a_perceptio(tmp_path: Path, text_model: str, tied: bool) -> None:
+    parts = tiny_parts(tmp_path / "parts", text_model=text_model, tied=tied)
     torch.manual_seed(0)
     model = PerceptioForConditionalGeneration.from_pretrained(
         parts["base"], sam2=parts["sam2"], codebook=parts["codebook"], max_objects=3
     )
     processor = PerceptioProcessor.from_pretrained(parts["base"], codebook=parts["codebook"], max_objects=3)
     assert processor.vocabulary == model.config.vocabulary and processor.depth_tokens == model.config.depth_tokens
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again = PerceptioForConditionalGeneration.from_pretrained(tmp_path)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    again = PerceptioForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
     asked = processor.ask(requests())
     with torch.no_grad():
         assert torch.equal(again.eval()(**asked).logits, model.eval()(**asked).logits)

@@ -112,11 +112,34 @@ def test_a_checkpoint_with_a_key_that_nobody_named_is_refused(checkpoint: Path, 
         Sam2ImageModel(TINY).load_official(tmp_path / "other.pt")
 
 
+def official(release: str, size: str) -> torch.nn.Module:
+    """The package's whole SAM2 of one official config, built by the package."""
+    name = f"configs/sam2{release}/sam2{release}_hiera_{size}.yaml"
+    built: torch.nn.Module = instantiate(OmegaConf.load(Path(sam2.__path__[0]) / name).model, _recursive_=True)
+    return built
+
+
+@pytest.mark.parametrize("release", ["", ".1"])
 @pytest.mark.parametrize(("size", "width", "depth"), [("t", 96, 12), ("s", 96, 16), ("b+", 112, 24), ("l", 144, 48)])
-def test_official_configs_are_read_with_the_trunks_own_defaults(size: str, width: int, depth: int) -> None:
-    config = Sam2ImageConfig.from_official(f"configs/sam2.1/sam2.1_hiera_{size}.yaml")
+def test_official_configs_are_read_with_the_trunks_own_defaults(
+    release: str, size: str, width: int, depth: int
+) -> None:
+    config = Sam2ImageConfig.from_official(f"configs/sam2{release}/sam2{release}_hiera_{size}.yaml")
     assert (config.embed_dim, sum(config.stages), config.image_size) == (width, depth, 1024)
     assert Sam2ImageConfig.from_dict(config.to_dict()) == config
+    whole, ours = official(release, size).state_dict(), Sam2ImageModel(config).state_dict()
+    kept = {name: tensor.shape for name, tensor in whole.items() if not name.startswith(MEMORY_PARTS)}
+    assert {name: tensor.shape for name, tensor in ours.items()} == kept
+
+
+@pytest.mark.parametrize("release", ["", ".1"])
+def test_the_official_hiera_tiny_loads_whole(release: str, tmp_path: Path) -> None:
+    whole = official(release, "t")
+    torch.save({"model": whole.state_dict()}, tmp_path / "sam2.pt")
+    ours = Sam2ImageModel(Sam2ImageConfig.from_official(f"configs/sam2{release}/sam2{release}_hiera_t.yaml"))
+    ours.load_official(tmp_path / "sam2.pt")
+    theirs = whole.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
 
 
 def test_wrong_configs_are_refused_with_what_was_seen() -> None:
