@@ -244,19 +244,23 @@ def rooms(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of an InternVL2.5 as its authors publish it.")],
+    source: Annotated[Path, typer.Argument(help="Folder of an InternVL2.5, or SAM2's .pt, as its authors publish it.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
     processor: Annotated[
         str | None, typer.Option("--processor", help="Folder or hub id to take tokenizer and image processor from.")
     ] = None,
 ) -> None:
-    """An InternVL2.5 of its authors' layout in transformers', which `model.base` takes."""
+    """Weights as their authors publish them into a folder that a recipe takes: InternVL2.5, SAM2."""
     with _job():
         from workflows.store import StageError
 
         try:
-            importlib.import_module("perceptio.vlm.original").convert_folder(source, out, processor=processor)
-        except (OSError, ValueError) as error:
+            if source.suffix == ".pt":
+                sam2 = importlib.import_module("perceptio.segmentation.sam2_image")
+                sam2.Sam2ImageModel.from_official(source).save_pretrained(out)
+            else:
+                importlib.import_module("perceptio.vlm.original").convert_folder(source, out, processor=processor)
+        except (OSError, RuntimeError, ValueError) as error:
             raise StageError(f"convert: {error}") from error
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ PROMPT_DIM = 256  # channels of prompt tokens and image embedding, in every SAM2
 STRIDE = 16  # input pixels per cell of the image embedding
 NOT_A_POINT, BACKGROUND_POINT, FOREGROUND_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3  # SAM's point labels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OFFICIAL_SIZES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+OFFICIAL_NAME = re.compile(rf"(sam2(?:\.1)?)_hiera_({'|'.join(OFFICIAL_SIZES)})\.pt")
 # What an official checkpoint holds for video only, and nothing else may be left out.
 MEMORY_PARTS = (
     "memory_attention.",
@@ -233,6 +236,23 @@ class Sam2ImageModel(nn.Module):
         folder = Path(folder)
         model = cls(Sam2ImageConfig.from_dict(json.loads((folder / "config.json").read_text())))
         model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
+        return model.eval()
+
+    @classmethod
+    def from_official(cls, checkpoint: Path) -> Sam2ImageModel:
+        """The model of an official checkpoint under its official name, such as sam2.1_hiera_large.pt.
+
+        Raises ValueError for another name, and as `load_official` does.
+        """
+        named = OFFICIAL_NAME.fullmatch(checkpoint.name)
+        if named is None:
+            raise ValueError(
+                f"{checkpoint}: expected an official name, sam2_hiera_SIZE.pt or sam2.1_hiera_SIZE.pt with SIZE one of"
+                f" {', '.join(OFFICIAL_SIZES)}, for it says which configuration the weights have"
+            )
+        release, size = named.groups()
+        model = cls(Sam2ImageConfig.from_official(f"configs/{release}/{release}_hiera_{OFFICIAL_SIZES[size]}.yaml"))
+        model.load_official(checkpoint)
         return model.eval()
 
     def load_official(self, checkpoint: str | Path) -> None:

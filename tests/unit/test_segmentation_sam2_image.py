@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from typer.testing import CliRunner
 
 from perceptio.segmentation.sam2_image import (
     BOX_BOTTOM_RIGHT,
@@ -21,6 +22,7 @@ from perceptio.segmentation.sam2_image import (
     Sam2ImageModel,
     preprocess,
 )
+from workflows.cli import app
 
 TINY = Sam2ImageConfig(image_size=128, embed_dim=16, stages=(1, 1, 2, 1), global_att_blocks=(3,))
 
@@ -133,13 +135,17 @@ def test_official_configs_are_read_with_the_trunks_own_defaults(
 
 
 @pytest.mark.parametrize("release", ["", ".1"])
-def test_the_official_hiera_tiny_loads_whole(release: str, tmp_path: Path) -> None:
-    whole = official(release, "t")
-    torch.save({"model": whole.state_dict()}, tmp_path / "sam2.pt")
-    ours = Sam2ImageModel(Sam2ImageConfig.from_official(f"configs/sam2{release}/sam2{release}_hiera_t.yaml"))
-    ours.load_official(tmp_path / "sam2.pt")
-    theirs = whole.state_dict()
+def test_the_official_hiera_tiny_is_converted_whole(release: str, tmp_path: Path) -> None:
+    whole, file = official(release, "t"), tmp_path / f"sam2{release}_hiera_tiny.pt"
+    torch.save({"model": whole.state_dict()}, file)
+    result = CliRunner().invoke(app, ["convert", str(file), "--out", str(tmp_path / "ours")])
+    assert result.exit_code == 0, result.output
+    ours, theirs = Sam2ImageModel.from_pretrained(tmp_path / "ours"), whole.state_dict()
+    assert ours.config.image_size == 1024
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+    (tmp_path / "mine.pt").write_bytes(b"")
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "mine.pt"), "--out", str(tmp_path / "none")])
+    assert result.exit_code == 1 and "expected an official name" in result.output
 
 
 def test_wrong_configs_are_refused_with_what_was_seen() -> None:
