@@ -25,6 +25,7 @@ class PerceptioConfig(InternVLConfig):  # type: ignore[no-untyped-call]  # trans
     depth_end_token_id: int = -1
     first_code_token_id: int = -1
     max_objects: int = 5
+    depth_after_text: bool = False  # the depth block stands behind the text; for the study of the order
 
     @property
     def vocabulary(self) -> SpatialVocabulary:

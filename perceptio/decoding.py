@@ -8,7 +8,7 @@ Shape legend: B sequences, T prompt tokens (left-padded), D hidden size, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ from perceptio.grammar import Allowed, Phase, ReplyGrammar, State
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.vocabulary import SpatialVocabulary
 
-ANYTHING = Allowed(True, True, True, True, True)
+ANYTHING = Allowed(True, True, True, True, True, True)
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Written:
     seg_states: list[Tensor] = field(default_factory=list)  # [D] for each [SEG] that was read again
     finish: Literal["", "stop", "length"] = ""
     state: State = field(default_factory=State)
+    words: int = 0
 
 
 @torch.inference_mode()
@@ -46,16 +47,20 @@ def decode(
     eos_id: int,
     max_new_tokens: int,
     use_grammar: bool = True,
+    forced_codes: Mapping[int, Sequence[int]] | None = None,
 ) -> list[Written]:
     """The reply to each left-padded prompt.
 
     `max_new_tokens` bounds the text; the spatial block comes on top. Without the grammar the model writes what it
-    likes, as long as with it at most. Raises ValueError for a `max_new_tokens` below 1.
+    likes, as long as with it at most. `forced_codes` holds depth codes for some of the prompts by number, which their
+    blocks get whatever the model would write. Raises ValueError for a `max_new_tokens` below 1, and for forced codes
+    that are not a block of this vocabulary or that the request or a missing grammar forbids.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     replies = [Written(grammar) for grammar in grammars]
-    head = _Head(model.lm_head.weight, model.config.vocabulary)
+    forced = {b: _block(grammars[b], codes, use_grammar) for b, codes in (forced_codes or {}).items()}
+    head = _Head(model.lm_head.weight, model.config.vocabulary, eos_id)
     cache = DynamicCache(config=model.config.get_text_config())
     mask_BT = attention_mask_BT
     places_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
@@ -67,10 +72,13 @@ def decode(
         for reply, hidden_D in zip(replies, hidden_BD, strict=True):
             if not reply.finish and reply.ids and reply.ids[-1] == head.vocabulary.seg_id:
                 reply.seg_states.append(hidden_D)
-        open_ = [b for b, reply in enumerate(replies) if not reply.finish]
+        given = {
+            b: forced[b][r.state.codes] for b, r in enumerate(replies) if b in forced and r.state.phase is Phase.CODES
+        }
+        open_ = [b for b, reply in enumerate(replies) if not reply.finish and b not in given]
         allowed = [replies[b].grammar.allowed(replies[b].state) if use_grammar else ANYTHING for b in open_]
         chosen = head.best(hidden_BD[open_] if len(open_) < len(replies) else hidden_BD, allowed)
-        for b, token_id in zip(open_, chosen, strict=True):
+        for b, token_id in (*zip(open_, chosen, strict=True), *given.items()):
             _take(replies[b], token_id, eos_id, max_new_tokens, use_grammar)
         if all(reply.finish for reply in replies):
             return replies
@@ -85,22 +93,32 @@ def _take(reply: Written, token_id: int, eos_id: int, max_new_tokens: int, use_g
         reply.finish = "stop"
         return
     reply.ids.append(token_id)
-    grammar, length = reply.grammar, len(reply.ids)
-    if use_grammar:
-        reply.state = grammar.advance(reply.state, token_id)
-        spatial = reply.state.objects + (reply.state.codes + 2 if reply.state.codes else 0)
-        full = reply.state.phase is Phase.TEXT and length - spatial >= max_new_tokens
-    else:
-        full = length >= max_new_tokens + grammar.longest_block
-    if full:
-        reply.finish = "length"
+    grammar = reply.grammar
+    if not use_grammar:
+        reply.finish = "length" if len(reply.ids) >= max_new_tokens + grammar.longest_block else ""
+        return
+    reply.state = grammar.advance(reply.state, token_id)
+    reply.words += grammar.kind(token_id) == "text"
+    if reply.words >= max_new_tokens and reply.state.phase is Phase.TEXT:
+        last = grammar.without_more_words(reply.state)
+        reply.finish, reply.state = ("length", reply.state) if last is None else ("", last)
+
+
+def _block(grammar: ReplyGrammar, codes: Sequence[int], use_grammar: bool) -> list[int]:
+    """The token ids of forced codes."""
+    if len(codes) != grammar.tokens or grammar.depth == "off" or not use_grammar:
+        raise ValueError(
+            f"forced codes: {len(codes)} with depth '{grammar.depth}' and the grammar {'on' if use_grammar else 'off'},"
+            f" expected {grammar.tokens}, a request for depth and the grammar on"
+        )
+    return grammar.vocabulary.ids_of_codes(codes)
 
 
 class _Head:
     """The output head, of which only the rows are computed that the grammar leaves open."""
 
-    def __init__(self, weight_VD: Tensor, vocabulary: SpatialVocabulary) -> None:
-        self.weight_VD, self.vocabulary = weight_VD, vocabulary
+    def __init__(self, weight_VD: Tensor, vocabulary: SpatialVocabulary, eos_id: int) -> None:
+        self.weight_VD, self.vocabulary, self.eos_id = weight_VD, vocabulary, eos_id
         self._shut: dict[Allowed, Tensor] = {}
 
     def best(self, hidden_BD: Tensor, allowed: Sequence[Allowed]) -> list[int]:
@@ -128,7 +146,7 @@ class _Head:
         return [int(i) for i in ids_R[F.linear(hidden_ND, self.weight_VD[ids_R]).argmax(-1)].tolist()]
 
     def _ids(self, rule: Allowed, *, shut: bool) -> Tensor:
-        """Ids of the spatial tokens that a rule with words forbids, or of those that one without words allows."""
+        """Ids of the tokens beside words that a rule with words forbids, or of those that one without words allows."""
         if rule not in self._shut:
             vocabulary = self.vocabulary
             groups = (
@@ -136,6 +154,7 @@ class _Head:
                 (rule.depth_start, [vocabulary.depth_start_id]),
                 (rule.codes, vocabulary.code_ids),
                 (rule.depth_end, [vocabulary.depth_end_id]),
+                (rule.end, [self.eos_id]),
             )
             ids = [token_id for free, group in groups if free != shut for token_id in group]
             self._shut[rule] = torch.tensor(ids, dtype=torch.long, device=self.weight_VD.device)

@@ -74,6 +74,7 @@ class Perceiver:
             eos_id=self.eos_id,
             max_new_tokens=max_new_tokens,
             use_grammar=use_grammar,
+            forced_codes={b: request.codes for b, request in enumerate(requests) if request.codes is not None},
         )
         generated = time.perf_counter()
         replies = [reply.grammar.parse(reply.ids) for reply in written]

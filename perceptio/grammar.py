@@ -1,4 +1,6 @@
-"""The order of a reply: `[SEG]` x objects, then the depth block, then the text.
+"""The order of a reply: `[SEG]` x objects, then the depth block, then the text (paper).
+
+For the study of that order the depth block may also stand behind the text (`depth_after_text`).
 
 One definition serves three uses: which tokens may come next (constrained decoding), what a finished reply holds
 (parsing), and whether a free reply was well formed.
@@ -23,6 +25,8 @@ class Phase(Enum):
     CODES = "codes"  # inside the depth block, codes still to come
     DEPTH_END = "depth_end"  # all codes are there
     TEXT = "text"
+    DEPTH_START = "depth_start"  # the words are at their end, and a demanded depth block is still to come
+    END = "end"  # behind a depth block that stands last
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,14 @@ class State:
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which kinds of token may come next."""
+    """Which kinds of token may come next; `end` is the end of turn."""
 
     seg: bool = False
     depth_start: bool = False
     codes: bool = False
     depth_end: bool = False
     text: bool = False
+    end: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,11 @@ class ReplyGrammar:
     max_objects: int
     segmentation: Part = "auto"
     depth: Part = "auto"
+    depth_after_text: bool = False
 
     @property
     def longest_block(self) -> int:
-        """The most tokens that may stand before the text."""
+        """The most tokens that a reply may have beside its text."""
         return (self.segmentation != "off") * self.max_objects + (self.depth != "off") * (self.tokens + 2)
 
     def allowed(self, state: State) -> Allowed:
@@ -85,19 +91,26 @@ class ReplyGrammar:
                 return Allowed(codes=True)
             case Phase.DEPTH_END:
                 return Allowed(depth_end=True)
+            case Phase.DEPTH_START:
+                return Allowed(depth_start=True)
+            case Phase.END:
+                return Allowed(end=True)
             case Phase.TEXT:
-                return Allowed(text=True)
+                last = self.depth_after_text and self.depth != "off"
+                return Allowed(text=True, depth_start=last, end=not last or self.depth == "auto")
             case Phase.OBJECTS:
                 enough = state.objects > 0 or self.segmentation != "on"
+                first = self.depth != "off" and not self.depth_after_text
                 return Allowed(
                     seg=self.segmentation != "off" and state.objects < self.max_objects,
-                    depth_start=enough and self.depth != "off",
-                    text=enough and self.depth != "on",
+                    depth_start=enough and first,
+                    text=enough and not (first and self.depth == "on"),
+                    end=enough and self.depth != "on",
                 )
 
     def advance(self, state: State, token_id: int) -> State:
         """The state after one more token; raises ValueError where the grammar does not allow it."""
-        kind, allowed = self._kind(token_id), self.allowed(state)
+        kind, allowed = self.kind(token_id), self.allowed(state)
         if not getattr(allowed, kind):
             raise ValueError(f"token {token_id} ({kind}) cannot follow phase '{state.phase.value}'")
         match kind:
@@ -109,9 +122,14 @@ class ReplyGrammar:
                 phase = Phase.DEPTH_END if state.codes + 1 == self.tokens else Phase.CODES
                 return State(phase, state.objects, state.codes + 1)
             case "depth_end":
-                return State(Phase.TEXT, state.objects, state.codes, depth_done=True)
+                after = Phase.END if self.depth_after_text else Phase.TEXT
+                return State(after, state.objects, state.codes, depth_done=True)
             case _:
                 return State(Phase.TEXT, state.objects, state.codes, state.depth_done)
+
+    def without_more_words(self, state: State) -> State | None:
+        """The state after the last word that fits: None where the reply may end there."""
+        return None if self.allowed(state).end else State(Phase.DEPTH_START, state.objects)
 
     def parse(self, ids: Sequence[int]) -> Reply:
         """The reply in `ids` (without the prompt, without what follows the end of turn).
@@ -119,24 +137,29 @@ class ReplyGrammar:
         Never raises on what a model wrote, and never mends it: the first violation goes into `problem`, and nothing
         behind it is read. Codes are given where their block is whole, and only there.
         """
-        state, problem, text = State(), "", []
+        state, problem = State(), ""
+        text: list[int] = []
+        codes: list[int] = []
         for position, token_id in enumerate(ids):
             try:
                 state = self.advance(state, token_id)
             except ValueError as error:
                 problem = f"position {position}: {error}"
                 break
-            if state.phase is Phase.TEXT and token_id != self.vocabulary.depth_end_id:
-                text.append(token_id)
+            match self.kind(token_id):
+                case "text":
+                    text.append(token_id)
+                case "codes":
+                    codes.append(token_id)
         if not problem and state.phase in (Phase.CODES, Phase.DEPTH_END):
             problem = f"the depth block ends after {state.codes} of {self.tokens} codes"
-        if not problem and state.phase is Phase.OBJECTS and not self.allowed(state).text:
+        elif not problem and not self.allowed(state).end:
             problem = "the reply ends before a demanded part"
-        end = state.objects + 1 + state.codes
-        codes = self.vocabulary.codes_of_ids(ids[end - state.codes : end]) if state.depth_done else []
-        return Reply(state.objects, tuple(codes), tuple(text), problem)
+        whole = self.vocabulary.codes_of_ids(codes) if state.depth_done else []
+        return Reply(state.objects, tuple(whole), tuple(text), problem)
 
-    def _kind(self, token_id: int) -> str:
+    def kind(self, token_id: int) -> str:
+        """What a token is to the grammar: the name of a field of `Allowed`. It does not know the end of turn."""
         vocabulary = self.vocabulary
         if token_id in vocabulary.code_ids:
             return "codes"

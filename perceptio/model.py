@@ -113,6 +113,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         codebook: str | Path,
         *,
         max_objects: int,
+        depth_after_text: bool = False,
         starts_as: Mapping[SpatialName, str] | None = None,
         prompts_start_as_clicks: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -136,6 +137,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             "depth_end_token_id": vocabulary.depth_end_id,
             "first_code_token_id": vocabulary.first_code_id,
             "max_objects": max_objects,
+            "depth_after_text": depth_after_text,
         }
         for key in ("model_type", "architectures", "transformers_version"):
             fields.pop(key, None)

@@ -30,6 +30,7 @@ class Request:
     question: str
     segmentation: Part = "auto"
     depth: Part = "auto"
+    codes: tuple[int, ...] | None = None  # forced on the depth block in place of what the model would write
 
 
 class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
@@ -45,13 +46,15 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
         depth_codes: int = 0,
         depth_tokens: int = 0,
         max_objects: int = 5,
+        depth_after_text: bool = False,
         **kwargs: Any,
     ) -> None:
         """`depth_codes` is K, `depth_tokens` N. Raises ValueError for a tokenizer without that codebook's tokens."""
         if depth_codes < 1:
             raise ValueError("processor: it has no spatial tokens: pass codebook=FOLDER, or a Perceptio model's folder")
         super().__init__(image_processor, tokenizer, video_processor, image_seq_length, chat_template, **kwargs)
-        self.depth_codes, self.depth_tokens, self.max_objects = depth_codes, depth_tokens, max_objects
+        self.depth_codes, self.depth_tokens = depth_codes, depth_tokens
+        self.max_objects, self.depth_after_text = max_objects, depth_after_text
         self._vocabulary = SpatialVocabulary.of(tokenizer, depth_codes)
 
     @classmethod
@@ -69,7 +72,9 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
     @classmethod
     def of(cls, base: InternVLProcessor, config: PerceptioConfig) -> PerceptioProcessor:
         """The processor of a model with this configuration, from that of its base, whose tokenizer was extended."""
-        return cls._with_tokens(base, config.depth_codes, config.depth_tokens, config.max_objects)
+        made = cls._with_tokens(base, config.depth_codes, config.depth_tokens, config.max_objects)
+        made.depth_after_text = config.depth_after_text
+        return made
 
     @classmethod
     def _with_tokens(cls, base: InternVLProcessor, codes: int, tokens: int, max_objects: int) -> PerceptioProcessor:
@@ -91,7 +96,14 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
 
     def grammar(self, segmentation: Part = "auto", depth: Part = "auto") -> ReplyGrammar:
         """What a reply may look like to a request for these parts."""
-        return ReplyGrammar(self._vocabulary, self.depth_tokens, self.max_objects, segmentation, depth)
+        return ReplyGrammar(
+            self._vocabulary,
+            self.depth_tokens,
+            self.max_objects,
+            segmentation,
+            depth,
+            depth_after_text=self.depth_after_text,
+        )
 
     def ask(self, requests: Sequence[Request]) -> BatchFeature:
         """`input_ids` and `attention_mask` [B, T] up to where replies begin, and the `pixel_values` of all tiles.

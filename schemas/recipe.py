@@ -154,6 +154,9 @@ class ModelRecipe(Section):
         description="the mask projector starts in SAM2's space of clicks (reconstruction), else as torch starts it"
     )
     max_objects: Positive = 5
+    depth_after_text: bool = Field(
+        default=False, description="the depth block stands behind the text, for the study of the order"
+    )
     max_length: Positive
 
     @model_validator(mode="after")
@@ -176,6 +179,17 @@ class LossWeights(Section):
     temperature: Annotated[float, Field(gt=0)] = Field(description="tau of soft merging")
     gradient: Weight = Field(description="of the gradient-matching part inside reconstruction")
     mask_points: Positive = Field(description="sampled points per mask")
+    plain: bool = Field(
+        default=False,
+        description="markers and codes count as text, which is plain next-token loss, for the study of the objectives",
+    )
+
+    @model_validator(mode="after")
+    def _plain(self) -> LossWeights:
+        others = ("marker", "token", "count", "reconstruction")
+        if self.plain and any(getattr(self, name) for name in others):
+            raise ValueError(f"plain is true, so {', '.join(others)} have no tokens: set them to 0")
+        return self
 
 
 class MixtureEntry(Section):

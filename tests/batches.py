@@ -59,7 +59,7 @@ def sample(number: int) -> dict[str, Any]:
     }
 
 
-def batch_of(parts: Parts, numbers: Sequence[tuple[int, int]]) -> Batch:
+def batch_of(parts: Parts, numbers: Sequence[tuple[int, int]], **options: Any) -> Batch:
     """A batch of (number, entry) samples."""
     model, processor = parts
     items = []
@@ -74,6 +74,7 @@ def batch_of(parts: Parts, numbers: Sequence[tuple[int, int]]) -> Batch:
             key=(0, number),
             max_objects=2,
             image_tokens=count_image_tokens(processor, 48, 64),
+            **options,
         )
         items.append(load_item(row, dialogue, source=entry, key=(0, number)))
     return collate(items, processor=processor, sam2_pixels=preprocess, sam2_size=64, max_length=512)

@@ -13,13 +13,14 @@ from perceptio.decoding import ANYTHING
 from perceptio.grammar import Allowed, ReplyGrammar, State
 from perceptio.model import PerceptioForConditionalGeneration
 
-KINDS = ("seg", "depth_start", "codes", "depth_end", "text")
+KINDS = ("seg", "depth_start", "codes", "depth_end", "text", "end")
 
 
-def kinds_of(grammar: ReplyGrammar, vocabulary_size: int) -> Tensor:
+def kinds_of(grammar: ReplyGrammar, vocabulary_size: int, eos_id: int) -> Tensor:
     """The kind of every token, as an index into KINDS: [V]."""
     vocabulary = grammar.vocabulary
     kind_V = torch.full((vocabulary_size,), KINDS.index("text"))
+    kind_V[eos_id] = KINDS.index("end")
     kind_V[vocabulary.seg_id] = KINDS.index("seg")
     kind_V[vocabulary.depth_start_id] = KINDS.index("depth_start")
     kind_V[vocabulary.depth_end_id] = KINDS.index("depth_end")
@@ -39,7 +40,7 @@ class GrammarProcessor(LogitsProcessor):
     def __init__(self, grammars: Sequence[ReplyGrammar], prompt_length: int, eos_id: int, vocabulary_size: int) -> None:
         self.grammars, self.seen, self.eos_id = grammars, prompt_length, eos_id
         self.states: list[State | None] = [State() for _ in grammars]  # None once finished
-        self.kind_V = kinds_of(grammars[0], vocabulary_size)
+        self.kind_V = kinds_of(grammars[0], vocabulary_size, eos_id)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         for ids in input_ids[:, self.seen :].T.tolist():

@@ -128,6 +128,7 @@ class Asker:
             runtime.weights(part.sam2, "segmenter"),
             local_copy(self.root, "codebook", stage="codebook"),
             max_objects=part.max_objects,
+            depth_after_text=part.depth_after_text,
             starts_as=part.starts_as,
             prompts_start_as_clicks=part.prompts_start_as_clicks,
         )

@@ -155,6 +155,7 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
         runtime.weights(part.sam2, "segmenter"),
         local_copy(root, "codebook", stage="codebook"),
         max_objects=part.max_objects,
+        depth_after_text=part.depth_after_text,
         starts_as=part.starts_as,
         prompts_start_as_clicks=part.prompts_start_as_clicks,
     )
@@ -196,6 +197,8 @@ def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: A
         max_objects=recipe.model.max_objects,
         max_length=recipe.model.max_length,
         code_noise=train.code_noise,
+        depth_after_text=recipe.model.depth_after_text,
+        plain=train.losses.plain,
         sam2_size=model.segmenter.sam2.config.image_size,
         sam2_pixels=preprocess,
     )

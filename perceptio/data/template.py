@@ -87,11 +87,18 @@ def prompt_ids(
 
 
 def reply_ids(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: SpatialVocabulary, *, objects: int, codes: Sequence[int], text: str
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: SpatialVocabulary,
+    *,
+    objects: int,
+    codes: Sequence[int],
+    text: str,
+    depth_after_text: bool = False,
 ) -> list[int]:
     """Token ids of a reply, less its end of turn: `objects` times [SEG], a depth block if there are codes, the text."""
     block = vocabulary.block_of_codes(codes) if len(codes) else []
-    return [vocabulary.seg_id] * objects + block + plain_ids(tokenizer, text)
+    words = plain_ids(tokenizer, text)
+    return [vocabulary.seg_id] * objects + (words + block if depth_after_text else block + words)
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -117,11 +124,14 @@ def render(
     max_objects: int,
     image_tokens: int,
     code_noise: float = 0.0,
+    depth_after_text: bool = False,
+    plain: bool = False,
 ) -> Dialogue:
     """The training dialogue of a samples row: turns, prompt and control line are drawn from `key`, (seed, position).
 
     `code_noise` is the share of depth codes that are read as random ones, so that a model that has to write its own
     looks at the image and not at its last codes alone (reconstruction).
+    `depth_after_text` puts the block behind the text, and `plain` counts all of a reply as text: plain next-token loss.
     A part is left out where the row has no data for it. A row without a turn that fits the entry is used for its depth.
     Raises ValueError where it has neither, and for objects without a mask or above `max_objects`.
     """
@@ -144,10 +154,14 @@ def render(
     kinds: list[LossKind] = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         block = (len(objects), codes) if number == 0 else (0, ())
-        reply = reply_ids(tokenizer, vocabulary, objects=block[0], codes=block[1], text=answer)
+        reply = reply_ids(
+            tokenizer, vocabulary, objects=block[0], codes=block[1], text=answer, depth_after_text=depth_after_text
+        )
         reply.append(_end_of_turn(tokenizer))
         ids += prompt + reply
-        kinds += [LossKind.IGNORE] * len(prompt) + [_loss_kind(vocabulary, token_id) for token_id in reply]
+        kinds += [LossKind.IGNORE] * len(prompt) + [
+            LossKind.TEXT if plain else _loss_kind(vocabulary, token_id) for token_id in reply
+        ]
     return Dialogue(
         sample_id=sample["id"],
         input_ids=tuple(_noised(ids, vocabulary, code_noise, Random(f"{key[0]} {key[1]} code noise"))),

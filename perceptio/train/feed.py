@@ -28,6 +28,8 @@ class Feed:
     max_objects: int
     max_length: int
     code_noise: float
+    depth_after_text: bool
+    plain: bool  # all of a reply counts as text
     sam2_pixels: Preprocess
     sam2_size: int
 
@@ -45,6 +47,8 @@ class Feed:
             max_objects=self.max_objects,
             image_tokens=count_image_tokens(self.processor, row["height"], row["width"]),
             code_noise=self.code_noise,
+            depth_after_text=self.depth_after_text,
+            plain=self.plain,
         )
         return load_item(row, dialogue, source=slot.source, key=key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def distances(perceiver: Perceiver, request: Request, ids: list[int]) -> tuple[l
     hidden_TD = perceiver.model.hidden_states(whole_BT, torch.ones_like(whole_BT), pixels)[0]
     logits_TV = perceiver.model.lm_head(hidden_TD)[ids_BT.shape[1] - 1 :]
     grammar, state, found = perceiver.processor.grammar(request.segmentation, request.depth), State(), []
-    kind_V = kinds_of(grammar, logits_TV.shape[1])
+    kind_V = kinds_of(grammar, logits_TV.shape[1], perceiver.eos_id)
     for logits_V, token_id in zip(logits_TV, ids, strict=False):
         (open_V,) = open_tokens([grammar.allowed(state)], kind_V)
         found.append(float(logits_V[open_V].max() - logits_V[token_id]))
@@ -117,6 +118,47 @@ def test_every_part_is_there_as_asked(perceiver: Perceiver) -> None:
         low, high = {"on": (1, 2), "off": (0, 0), "auto": (0, 2)}[request.segmentation]
         assert low <= read.objects <= high and len(reply.seg_states) == read.objects
         assert len(read.text_ids) <= WORDS and (reply.finish == "stop" or len(read.text_ids) == WORDS)
+
+
+@pytest.fixture
+def after(perceiver: Perceiver) -> Iterator[Perceiver]:
+    perceiver.processor.depth_after_text = True
+    yield perceiver
+    perceiver.processor.depth_after_text = False
+
+
+def test_a_block_may_come_after_the_words(after: Perceiver) -> None:
+    asked = requests()
+    for request, reply in zip(asked, written(after, asked), strict=True):
+        read, known = reply.grammar.parse(reply.ids), reply.grammar.vocabulary
+        assert read.well_formed and len(read.text_ids) <= WORDS
+        assert len(read.codes) in {"on": (4,), "off": (0,), "auto": (0, 4)}[request.depth]
+        if read.codes:
+            assert reply.ids[-1] == known.depth_end_id and reply.finish == "stop"
+            assert reply.ids[-6] == known.depth_start_id and read.text_ids[-1] == reply.ids[-7]
+        below, _ = distances(after, request, reply.ids)
+        words = len(read.text_ids)
+        start = reply.ids.index(known.depth_start_id) if read.codes else len(reply.ids)
+        # where the words were at their limit the block was forced, whatever the model liked
+        assert max(b for at, b in enumerate(below) if at != start or words < WORDS) <= NEAR
+
+
+def test_forced_codes_stand_in_the_block_and_what_follows_has_read_them(perceiver: Perceiver) -> None:
+    asked, codes = requests()[:2], {0: (7, 6, 5, 4)}
+    free, forced = written(perceiver, asked), written(perceiver, asked, forced_codes=codes)
+    read = [reply.grammar.parse(reply.ids) for reply in forced]
+    assert read[0].codes == codes[0] != free[0].grammar.parse(free[0].ids).codes
+    assert read[0].well_formed and forced[1].ids == free[1].ids
+    below, _ = distances(perceiver, asked[0], forced[0].ids)
+    block = forced[0].ids.index(forced[0].grammar.vocabulary.depth_start_id)
+    assert max(below[block + 1 : block + 5]) > NEAR, "the model would have written others"
+    assert max(below[block + 5 :]) <= NEAR, "behind them it writes what it likes best"
+    with pytest.raises(ValueError, match=r"3 with depth 'on' and the grammar on, expected 4"):
+        written(perceiver, asked, forced_codes={0: (1, 2, 3)})
+    with pytest.raises(ValueError, match=r"4 with depth 'off'"):
+        written(perceiver, asked, forced_codes={1: (1, 2, 3, 4)})
+    with pytest.raises(ValueError, match=r"depth code: got 8, expected 0 to 7"):
+        written(perceiver, asked, forced_codes={0: (1, 2, 3, 8)})
 
 
 def test_seg_states_are_those_where_seg_is_the_input(perceiver: Perceiver) -> None:

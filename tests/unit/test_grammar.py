@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perceptio.grammar import Phase, ReplyGrammar, State
+from perceptio.grammar import Allowed, Phase, ReplyGrammar, State
 from perceptio.vocabulary import SpatialVocabulary
 
 VOCABULARY = SpatialVocabulary(seg_id=10, depth_start_id=11, depth_end_id=15, first_code_id=12, codes=3)
@@ -50,14 +50,46 @@ def test_parts_are_demanded_and_forbidden() -> None:
     assert demanded.parse([SEG]).problem == "the reply ends before a demanded part"
 
 
-@given(st.lists(st.integers(0, 9), max_size=30), st.sampled_from(["auto", "on", "off"]))
-def test_whatever_follows_the_grammar_parses_well(choices: list[int], depth: str) -> None:
-    grammar = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2, depth=depth)  # type: ignore[arg-type]
+AFTER = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2, depth="on", depth_after_text=True)
+
+
+def test_a_block_may_stand_behind_the_text() -> None:
+    reply = AFTER.parse([SEG, WORD, 2, START, 12, 14, END])
+    assert reply.well_formed
+    assert (reply.objects, reply.codes, reply.text_ids) == (1, (0, 2), (1, 2))
+    words = AFTER.advance(State(), WORD)
+    assert AFTER.allowed(words) == Allowed(text=True, depth_start=True)
+    last = AFTER.without_more_words(words)
+    assert last is not None and AFTER.allowed(last) == Allowed(depth_start=True)
+    for token_id in (START, 12, 12, END):
+        last = AFTER.advance(last, token_id)
+    assert AFTER.allowed(last) == Allowed(end=True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([START, 12, 12, END], "position 0"),
+        ([WORD], "ends before a demanded part"),
+        ([WORD, START, 12, 12, END, WORD], "position 5"),
+        ([WORD, START, 12], "1 of 2 codes"),
+    ],
+)
+def test_a_block_behind_the_text_can_be_malformed_too(ids: list[int], message: str) -> None:
+    assert message in AFTER.parse(ids).problem
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.sampled_from(["auto", "on", "off"]), st.booleans())
+def test_whatever_follows_the_grammar_parses_well(choices: list[int], depth: str, after: bool) -> None:
+    grammar = ReplyGrammar(VOCABULARY, 2, 2, depth=depth, depth_after_text=after)  # type: ignore[arg-type]
     state, ids = State(), []
     for choice in choices:
         allowed = grammar.allowed(state)
         options = [SEG] * allowed.seg + [START] * allowed.depth_start + [END] * allowed.depth_end
         options += [12, 13, 14] * allowed.codes + [WORD] * allowed.text
+        if not options:
+            assert allowed == Allowed(end=True)
+            break
         ids.append(options[choice % len(options)])
         state = grammar.advance(state, ids[-1])
     problem = grammar.parse(ids).problem

@@ -41,6 +41,7 @@ def test_it_comes_back_by_its_auto_class(processor: PerceptioProcessor, tmp_path
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, PerceptioProcessor)
     assert again.vocabulary == processor.vocabulary
+    assert not again.depth_after_text
     assert (again.depth_tokens, again.max_objects) == (processor.depth_tokens, processor.max_objects) == (4, 2)
     for key, value in processor.ask(requests()).items():
         torch.testing.assert_close(again.ask(requests())[key], value)

@@ -105,6 +105,21 @@ def test_loss_kinds_name_markers_codes_and_text(write: Any) -> None:
     assert dialogue.loss_kinds[: -len(kinds)] == (LossKind.IGNORE,) * (len(dialogue.input_ids) - len(kinds))
 
 
+def test_a_block_may_stand_behind_the_text_and_all_may_count_as_text(
+    write: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    usual = write(sample(), entry(kinds=["referring"]))
+    after = write(sample(), entry(kinds=["referring"]), depth_after_text=True)
+    reply = spoken(tokenizer, after.target_ids).rpartition("assistant\n")[2]
+    assert reply == "[SEG][SEG]Sure.<|depth_start|><|depth_3|><|depth_0|><|depth_3|><|depth_end|><|im_end|>"
+    assert sorted(after.target_ids) == sorted(usual.target_ids)
+    assert [kind for kind in after.loss_kinds if kind][-6:] == [2, 3, 3, 3, 2, 1]
+    plain = write(sample(), entry(kinds=["referring"]), plain=True)
+    assert plain.target_ids == usual.target_ids
+    assert [bool(kind) for kind in plain.loss_kinds] == [bool(kind) for kind in usual.loss_kinds]
+    assert set(plain.loss_kinds) == {LossKind.IGNORE, LossKind.TEXT}
+
+
 def test_seg_positions_are_where_seg_is_the_input(write: Any, vocabulary: SpatialVocabulary) -> None:
     dialogue = write(sample(), entry(kinds=["referring"]))
     assert [dialogue.input_ids[t] for t in dialogue.seg_positions] == [vocabulary.seg_id] * 2

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from perceptio.data.collator import Batch
 from perceptio.data.template import LossKind
@@ -16,6 +17,7 @@ from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.optim import parameter_groups
 from perceptio.train.step import TERMS, Objective, counts_by_source
 from perceptio.vlm.backbone import set_trainable
+from schemas.recipe import LossWeights
 from schemas.recipe_file import load_recipe
 from tests.batches import ENTRIES, WEIGHTS, batch_of
 from tests.tiny import tiny_parts
@@ -87,6 +89,24 @@ def test_products_in_bfloat16_change_each_term_by_a_few_percent_at_most(parts: A
     assert rough != exact
     for column, term in enumerate(TERMS):
         assert rough_QC[:, column].tolist() == pytest.approx(exact_QC[:, column].tolist(), rel=bounds[term]), term
+
+
+def test_plain_next_token_loss_is_the_mean_over_all_tokens_of_the_reply(parts: Any) -> None:
+    model, _ = parts
+    zero = dict.fromkeys(("marker", "token", "count", "reconstruction"), 0.0)
+    with pytest.raises(ValidationError, match="plain is true, so marker, token, count, reconstruction have no tokens"):
+        LossWeights(**(WEIGHTS.model_dump() | {"plain": True}))
+    plain = LossWeights(**(WEIGHTS.model_dump() | zero | {"plain": True}))
+    usual, all_text = batch_of(parts, MIXED), batch_of(parts, MIXED, plain=True)
+    found = []
+    for weights, batch in ((WEIGHTS, usual), (plain, all_text)):
+        counts_QC = counts_by_source([batch], len(ENTRIES))
+        _, sums_QC = Objective(model, weights, len(ENTRIES))(batch, counts_QC.sum(0))
+        found.append((dict(zip(TERMS, sums_QC.sum(0).tolist(), strict=True)), counts_QC.sum(0)[:3].sum().item()))
+    (apart, tokens), (together, same_tokens) = found
+    assert same_tokens == tokens
+    assert together["text"] == pytest.approx(apart["text"] + apart["marker"] + apart["token"], rel=1e-5)
+    assert together["marker"] == together["token"] == together["count"] == together["reconstruction"] == 0
 
 
 def test_only_wanted_parts_train(parts: Any) -> None:
