@@ -91,6 +91,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         model, for an InternVL without these two, and where the codebook is not the one that the model was trained with.
         """
         source = str(pretrained_model_name_or_path)
+        if (sam2 is None) != (codebook is None):
+            raise ValueError(f"{source}: got one of sam2= and codebook=, expected both (InternVL) or none (Perceptio)")
         if sam2 is not None and codebook is not None:
             dtype = kwargs.pop("dtype", torch.float32)
             if args or kwargs:
