@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, InternVLForConditionalGene
 from transformers.utils.hub import cached_file
 
 from perceptio.config import PerceptioConfig
+from perceptio.data.packing import Packing
 from perceptio.depth.codebook import CONFIG_NAME, WEIGHTS_NAME
 from perceptio.depth.codec import DepthCodec
 from perceptio.processor import PerceptioProcessor
@@ -42,12 +43,33 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         self.segmenter = SegMaskDecoder(sam2, config.get_text_config().hidden_size)
         self.codec: DepthCodec | None = None  # not a module: no cast, optimizer or checkpoint may touch it
 
-    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, pixel_values: Tensor) -> Tensor:
-        """Last-layer, post-norm hidden states [B, T, D] of whole sequences; nothing reaches the output head."""
+    def hidden_states(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        pixel_values: Tensor,
+        *,
+        packed_to: int | None = None,
+    ) -> Tensor:
+        """Last-layer, post-norm hidden states [B, T, D] of whole sequences; nothing reaches the output head.
+
+        With `packed_to`, right-padded samples are read behind one another, in rows of at most so many tokens.
+        """
+        if packed_to is None:
+            output = self.model(
+                input_ids=input_ids_BT, attention_mask=attention_mask_BT, pixel_values=pixel_values, use_cache=False
+            )
+            return torch.as_tensor(output.last_hidden_state)
+        packing = Packing.of(attention_mask_BT.sum(1).tolist(), packed_to)
+        positions_RL, sees_R1LL = packing.positions_and_sight(input_ids_BT.device)
         output = self.model(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, pixel_values=pixel_values, use_cache=False
+            input_ids=packing.packed(input_ids_BT, int(self.config.get_text_config().pad_token_id or 0)),
+            attention_mask=sees_R1LL,
+            position_ids=positions_RL,
+            pixel_values=pixel_values,
+            use_cache=False,
         )
-        return torch.as_tensor(output.last_hidden_state)
+        return packing.unpacked(output.last_hidden_state, input_ids_BT.shape[1])
 
     def image_features(self, pixels_B3SS: Tensor) -> Sam2Features:
         """SAM2's features of preprocessed images; the trunk is frozen, its two high-res convolutions are not."""

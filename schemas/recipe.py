@@ -19,6 +19,8 @@ from schemas.sources import FileSource as FileSource
 from schemas.sources import FolderSource as FolderSource
 from schemas.sources import RoomsSource as RoomsSource
 from schemas.sources import Source as Source
+from schemas.study import StudyArm as StudyArm
+from schemas.study import StudyRecipe as StudyRecipe
 
 
 class RecipeError(ValueError):
@@ -209,6 +211,11 @@ class TrainRecipe(Section):
     steps: Positive
     global_batch: Positive
     micro_batch: Positive = Field(description="samples per forward on one worker")
+    pack: bool = Field(
+        default=False,
+        description="samples of a micro-batch behind one another in rows of model.max_length tokens, each seeing itself"
+        " alone; else one padded row a sample. Changes no sample's loss",
+    )
     zero_stage: Literal[1, 2, 3]
     precision: Literal["fp32", "bf16", "bf16_autocast", "auto"] = Field(
         description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, products in bf16;"
@@ -260,7 +267,15 @@ class TrainRecipe(Section):
 
 class EvaluateRecipe(Section):
     batch_size: Positive
-    limit: Positive = Field(description="images per held-out source")
+    limit: Positive = Field(description="scenes per held-out source")
+    free: Annotated[int, Field(ge=0)] = Field(default=96, description="of them asked without the grammar too")
+    blank: Annotated[int, Field(ge=0)] = Field(default=120, description="of them asked with the image removed too")
+    untrained: bool = Field(default=True, description="ask the untrained start too")
+    codes: Literal["own", "oracle", "shuffled", "other"] = Field(
+        default="own",
+        description="whose depth codes stand in a reply: the model's own; or, for the study of what answers take from"
+        " them, forced on it: those of the picture's teacher, the same in random order, or another picture's",
+    )
     max_new_tokens: Positive
     bootstrap: Positive = Field(description="resamples for 95 % intervals")
     pool: PoolRecipe
@@ -347,6 +362,7 @@ class Recipe(Section):
     train: TrainRecipe
     evaluate: EvaluateRecipe
     serve: ServeRecipe
+    study: StudyRecipe | None = None
     plan: PlanRecipe = PlanRecipe()
 
     @model_validator(mode="after")

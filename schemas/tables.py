@@ -138,6 +138,15 @@ PREDICTIONS = pa.schema(
     ]
 )
 
+FIGURE_MARKS = pa.schema(
+    [
+        ("figure", pa.string()),  # name in metrics.json
+        ("scene", pa.string()),
+        ("numerator", pa.float64()),  # the figure is the sum of these over all scenes
+        ("denominator", pa.float64()),  # over the sum of these
+    ]
+)
+
 TABLES = {"listing": LISTING, "images": IMAGES, "depth": DEPTH, "masks": MASKS, "codes": CODES, "samples": SAMPLES}
 
 

@@ -141,6 +141,21 @@ def evaluate(recipe: RecipeOption = "rooms", root: RootOption = None, overrides:
 
 
 @app.command()
+def study(
+    results: Annotated[
+        str | None, typer.Option("--results", help="Folder of finished runs and the page; ROOT/study if not given.")
+    ] = None,
+    recipe: RecipeOption = "rooms_study",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """The method's parts, one by one: every arm trained, asked, compared; finished runs are kept."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        typer.echo(importlib.import_module("workflows.study").run(loaded, results))
+
+
+@app.command()
 def serve(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Answers over HTTP with the trained model, until Ctrl-C."""
     _stage("serve", _load(recipe, root, overrides))

@@ -3,12 +3,14 @@
     perceptio evaluate --recipe rooms
 
 Reads   samples/, images/, depth/ of the held-out sources, samples/ of the others (for blind guesses), codebook/, model/
-Writes  eval/NAME/PASS.parquet (what was said), eval/NAME/metrics.json and its manifest, eval/metrics.json (a copy)
+Writes  eval/NAME/PASS.parquet (what was said), eval/NAME/metrics.json, eval/NAME/marks.parquet (figures by scene) and
+        their manifest, eval/metrics.json (a copy)
 Needs   CPUs or accelerators for evaluate.pool
 
 NAME is the model's digest and that of everything else that the figures depend on. Each pass asks every model the same
 way: `model` (grammar on), `free` (grammar off, fewer questions), `blank` (the image removed), and the untrained start
-in `untrained` and `untrained_free`. A pass whose predictions stand is not asked again.
+in `untrained` and `untrained_free`. A pass whose predictions stand is not asked again. The model is asked for what the
+mixture teaches: one that was taught no depth tokens answers without, one without masks is asked for none.
 """
 
 from __future__ import annotations
@@ -40,17 +42,16 @@ from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import Request
 from schemas.manifest import FileEntry, Manifest
 from schemas.recipe import Recipe
-from schemas.tables import PREDICTIONS
+from schemas.tables import FIGURE_MARKS, PREDICTIONS
 from workflows import runtime
 from workflows.commits import Table
 from workflows.folders import local_copy, require
 from workflows.held_out import Picture, learn_blind, read_pictures
-from workflows.scores import Predictions, score
+from workflows.scores import Predictions, Score, score
 from workflows.store import OtherInputsError, Root, StageError, open_root, write_manifest
 
 METRICS = "metrics.json"
-FREE = 96  # scenes asked without the grammar
-BLANK = 120  # scenes asked with the image removed
+MARKS = "marks.parquet"
 GREY = 127  # value of every pixel where the image is removed
 UNASKED = ("box",)  # kinds without a scorer
 STORED = ImageLimits(min_side=1, max_pixels=2**31)  # what lies in the tables was checked by `ingest`
@@ -63,6 +64,7 @@ ASKS = pa.schema(
         ("question", pa.string()),
         ("segmentation", pa.string()),
         ("depth", pa.string()),
+        ("codes", pa.list_(pa.int32())),  # forced on the reply; null where the model writes its own
     ]
 )
 ANSWERS = pa.schema([ASKS.field("pass"), *PREDICTIONS])
@@ -142,7 +144,7 @@ def run(recipe: Recipe) -> None:
     name = f"{inputs['model'][:16]}-{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]}"
     if root.manifest("eval", name) is None:
         _evaluate(recipe, root, name)
-        files = tuple(_entry(root, name, file) for file in (*(f"{key}.parquet" for key in PASSES), METRICS))
+        files = tuple(_entry(root, name, file) for file in (*(f"{key}.parquet" for key in PASSES), MARKS, METRICS))
         manifest = Manifest(
             stage="evaluate",
             attempt=runtime.attempt_id(),
@@ -187,11 +189,11 @@ def _evaluate(recipe: Recipe, root: Root, name: str) -> None:
     pictures = [picture for source in held_out for picture in read_pictures(root, source, recipe.evaluate.limit)]
     if not pictures:
         raise StageError("evaluate: no held-out picture: mark a source of the recipe with `held_out: true`")
-    asks = {key: rows for key, rows in _asks(pictures).items() if root.read("eval", name, f"{key}.parquet") is None}
-    _ask(recipe, root, name, asks)
+    asks = _asks(recipe, pictures)
+    _ask(recipe, root, name, {key: asks[key] for key in asks if root.read("eval", name, f"{key}.parquet") is None})
     blind = learn_blind(root, [source.name for source in recipe.sources if not source.held_out])
     codec = DepthCodec.from_pretrained(local_copy(root, "codebook", stage="codebook"))
-    metrics = score(
+    found = score(
         pictures,
         {key: _said(root, name, key) for key in PASSES},
         blind,
@@ -199,24 +201,30 @@ def _evaluate(recipe: Recipe, root: Root, name: str) -> None:
         resamples=recipe.evaluate.bootstrap,
         seed=recipe.seed,
     )
-    for key, metric in metrics.items():
+    for key, metric in found.metrics.items():
         log.info("%s %.4f (%.4f to %.4f), baseline %s", key, metric.value, metric.low, metric.high, metric.baseline)
-    report = {"evaluation": name, "metrics": {key: vars(metric) for key, metric in metrics.items()}}
+    _write_marks(root, name, found)
+    report = {"evaluation": name, "metrics": {key: vars(metric) for key, metric in found.metrics.items()}}
     root.write(json.dumps(report, indent=1).encode(), "eval", name, METRICS)
 
 
-def _asks(pictures: Sequence[Picture]) -> dict[str, list[Row]]:
+def _asks(recipe: Recipe, pictures: Sequence[Picture]) -> dict[str, list[Row]]:
     """The questions of every pass. A picture is asked to segment once, and one question of every other kind."""
     asks: dict[str, list[Row]] = {key: [] for key in PASSES}
     scenes = list(dict.fromkeys(picture.scene for picture in pictures))
-    free, blank = set(scenes[:FREE]), set(scenes[:BLANK])
-    for picture in pictures:
+    free, blank = set(scenes[: recipe.evaluate.free]), set(scenes[: recipe.evaluate.blank])
+    masks = any(entry.segmentation for entry in recipe.train.mixture)
+    depth = "on" if any(entry.depth for entry in recipe.train.mixture) else "off"
+    for number, picture in enumerate(pictures):
+        codes = _forced(recipe, pictures, number)
         firsts = {turn["kind"]: i for i, turn in reversed(list(enumerate(picture.turns)))}
         for kind, turn in firsts.items() if picture.turns else {"": -1}.items():
-            if kind in UNASKED or (kind == "referring" and not picture.masks):
+            if kind in UNASKED or (kind == "referring" and not (masks and picture.masks)):
                 continue  # nothing to score it with
-            ask = _row(picture, turn, segmentation="on" if kind == "referring" else "off", depth="on")
-            asks["model"].append(ask)
+            if kind == "" and depth == "off":
+                continue  # it was taught no depth
+            ask = _row(picture, turn, segmentation="on" if kind == "referring" else "off", depth=depth)
+            asks["model"].append(ask | {"codes": codes})
             if kind not in ("", "referring") and picture.scene in blank:
                 asks["blank"].append(ask)
             if kind in ("", "referring") and picture.scene in free:
@@ -224,13 +232,28 @@ def _asks(pictures: Sequence[Picture]) -> dict[str, list[Row]]:
                 asks["untrained_free"].append(ask)
             if kind == "referring":  # masks alone are compared, so the depth block is spared
                 asks["untrained"].append(ask | {"depth": "off"})
+    if not recipe.evaluate.untrained:
+        asks |= {"untrained": [], "untrained_free": []}
     return asks
+
+
+def _forced(recipe: Recipe, pictures: Sequence[Picture], number: int) -> list[int] | None:
+    """The codes that evaluate.codes puts in the place of the model's own; None where they stay its own."""
+    own, which = list(pictures[number].codes), recipe.evaluate.codes
+    if which == "oracle":
+        return own
+    if which == "shuffled":
+        return [int(code) for code in np.random.default_rng([recipe.seed, number]).permutation(own)]
+    if which == "other":
+        others = (p for p in (*pictures[number + 1 :], *pictures[:number]) if p.scene != pictures[number].scene)
+        return list(next(others).codes)
+    return None
 
 
 def _row(picture: Picture, turn: int, *, segmentation: str, depth: str) -> Row:
     question = picture.turns[turn]["prompt"] if turn >= 0 else DEPTH_PROMPTS[0]
     row = {"id": picture.id, "turn": turn, "image": picture.image, "question": question}
-    return row | {"segmentation": segmentation, "depth": depth}
+    return row | {"segmentation": segmentation, "depth": depth, "codes": None}
 
 
 def _ask(recipe: Recipe, root: Root, name: str, asks: Mapping[str, Sequence[Row]]) -> None:
@@ -286,8 +309,9 @@ def _batches(key: str, rows: Sequence[Row], size: int) -> list[pa.Table]:
 
 def _request(row: Row, image: bool) -> Request:
     rgb_HW3 = decode(row["image"], STORED)
+    codes = None if row["codes"] is None else tuple(row["codes"])
     return Request(
-        rgb_HW3 if image else np.full_like(rgb_HW3, GREY), row["question"], row["segmentation"], row["depth"]
+        rgb_HW3 if image else np.full_like(rgb_HW3, GREY), row["question"], row["segmentation"], row["depth"], codes
     )
 
 
@@ -311,6 +335,25 @@ def _write(root: Root, name: str, key: str, tables: Sequence[pa.Table]) -> None:
     stream = io.BytesIO()
     pq.write_table(whole.sort_by([("id", "ascending"), ("turn", "ascending")]).select(PREDICTIONS.names), stream)
     root.write(stream.getvalue(), "eval", name, f"{key}.parquet")
+
+
+def _write_marks(root: Root, name: str, found: Score) -> None:
+    """Writes each figure's sums by scene, so that evaluations of several models can be compared scene by scene."""
+    tables = [
+        pa.Table.from_arrays(
+            [
+                pa.array([figure] * len(marks)).cast(pa.string()),
+                pa.array([str(scene) for scene in marks.images]),
+                pa.array(marks.numerator_I),
+                pa.array(marks.denominator_I),
+            ],
+            schema=FIGURE_MARKS,
+        )
+        for figure, marks in found.marks.items()
+    ]
+    stream = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables) if tables else FIGURE_MARKS.empty_table(), stream)
+    root.write(stream.getvalue(), "eval", name, MARKS)
 
 
 def _entry(root: Root, name: str, file: str) -> FileEntry:

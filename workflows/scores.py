@@ -51,10 +51,12 @@ class Score:
     def __init__(self, resamples: int, seed: int) -> None:
         self.draw = {"resamples": resamples, "seed": seed}
         self.metrics: dict[str, Metric] = {}
+        self.marks: dict[str, Sums] = {}
 
     def add(self, name: str, own: Sums, baseline: Sums, against: str, *, higher_is_better: bool) -> None:
         """Adds a figure beside its baseline; both over the same scenes."""
         found, paired = interval(own, **self.draw), paired_difference(own, baseline, **self.draw)
+        self.marks[name] = own
         self.metrics[name] = Metric(
             value=found.value,
             low=found.low,
@@ -77,7 +79,7 @@ def score(
     *,
     resamples: int,
     seed: int,
-) -> dict[str, Metric]:
+) -> Score:
     """Every figure that the predictions of the passes allow, by name; kinds that were not asked are left out."""
     found = Score(resamples, seed)
     _depth(found, pictures, said["model"], blind, decode)
@@ -85,7 +87,7 @@ def score(
     _points(found, pictures, said["model"], said["blank"])
     _questions(found, pictures, said["model"], said["blank"], blind)
     _well_formed(found, pictures, said["free"], said["untrained_free"])
-    return found.metrics
+    return found
 
 
 def _depth(found: Score, pictures: Sequence[Picture], said: Predictions, blind: Blind, decode: Decode) -> None:
@@ -159,14 +161,16 @@ def _referring(
         true_HW = picture.true_mask(turn)
         masks = _blind_masks(picture, turn, blind)
         masks["model"] = _said_mask(picture, said[picture.id, turn])
-        masks["untrained"] = _said_mask(picture, untrained[picture.id, turn])
+        if untrained:
+            masks["untrained"] = _said_mask(picture, untrained[picture.id, turn])
         for name, mask_HW in masks.items():
             guesses[name].add(mask_HW, true_HW)
     own, start = guesses.pop("model"), guesses.pop("untrained")
     for name, figure in (("referring_ciou", _Overlaps.ciou), ("referring_giou", _Overlaps.giou)):
         best = max(guesses, key=lambda guess: figure(guesses[guess]).value)
         found.add(name, figure(own), figure(guesses[best]), f"{best}, the best blind mask", higher_is_better=True)
-    found.add("referring_ciou_vs_untrained", own.ciou(), start.ciou(), "untrained start", higher_is_better=True)
+    if untrained:
+        found.add("referring_ciou_vs_untrained", own.ciou(), start.ciou(), "untrained start", higher_is_better=True)
 
 
 class _Overlaps:
@@ -269,8 +273,9 @@ def _well_formed(found: Score, pictures: Sequence[Picture], said: Predictions, u
         return
     scenes = [scene_of[key] for key, _ in said]
     own = sums(scenes, [row["well_formed"] for row in said.values()])
-    start = sums(scenes, [untrained[key]["well_formed"] for key in said])
-    found.add("well_formed_without_grammar", own, start, "untrained start", higher_is_better=True)
+    start = sums(scenes, [untrained[key]["well_formed"] if untrained else 0 for key in said])
+    against = "untrained start" if untrained else "none"
+    found.add("well_formed_without_grammar", own, start, against, higher_is_better=True)
 
 
 def _asked(pictures: Sequence[Picture], said: Predictions, kind: str) -> list[tuple[Picture, int]]:

@@ -44,14 +44,14 @@ log = logging.getLogger(__name__)
 def run(recipe: Recipe) -> None:
     """Trains, resumes, or leaves a finished model alone; raises StageError where an input is missing or another's."""
     root = open_root(recipe.root)
-    inputs = _inputs(recipe, root)
+    made_from = inputs(recipe, root)
     standing = root.manifest("model")
     if standing is not None:
-        require_same("model", standing.inputs, inputs)
+        require_same("model", standing.inputs, made_from)
         log.info("model: complete")
         return
     runtime.start(recipe)
-    name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     train = recipe.train
     if train.precision.startswith("bf16") and not train.gpus_per_worker and not computes_bf16(torch.device("cpu")):
         log.warning(
@@ -64,7 +64,7 @@ def run(recipe: Recipe) -> None:
         train_loop_config={
             "recipe": recipe.model_dump_json(),
             "run": name,
-            "inputs": inputs,
+            "inputs": made_from,
             "folder": str(Path.cwd()),
         },
         scaling_config=ScalingConfig(
@@ -88,10 +88,10 @@ def run(recipe: Recipe) -> None:
     require(root, "model", stage="train")
 
 
-def _inputs(recipe: Recipe, root: Root) -> dict[str, str]:
+def inputs(recipe: Recipe, root: Root) -> dict[str, str]:
     """Digests of all that the model depends on; raises StageError where codes and codebook do not belong together."""
     codebook = require(root, "codebook", stage="codebook")
-    inputs = {
+    found = {
         "codebook": codebook.digest,
         "train": section_digest(recipe.train, exclude={"max_failures", "keep_checkpoints", "checkpoint_every"}),
         "model": section_digest(recipe.model),
@@ -106,8 +106,8 @@ def _inputs(recipe: Recipe, root: Root) -> dict[str, str]:
                 f"{table}: its codes were made with codebook {made_with[:16]}, codebook/ is {codebook.digest[:16]}:"
                 " tokenize and assemble again, or restore that codebook"
             )
-        inputs[f"samples/{entry.source}"] = manifest.digest
-    return inputs
+        found[f"samples/{entry.source}"] = manifest.digest
+    return found
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -124,7 +124,8 @@ def _work(config: dict[str, Any]) -> None:
     torch.manual_seed(recipe.seed)
     model, processor = _model(recipe, root)
     feed = _feed(recipe, model, processor, world)
-    objective = Objective(model, train.losses, len(train.mixture))
+    packed_to = recipe.model.max_length if train.pack else None
+    objective = Objective(model, train.losses, len(train.mixture), packed_to=packed_to)
     optimizer, schedule = optimizer_and_schedule(objective, train)
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, world)

@@ -24,6 +24,7 @@ class Sums:
 
     numerator_I: Floats
     denominator_I: Floats
+    images: tuple[Hashable, ...]
 
     @property
     def value(self) -> float:
@@ -59,7 +60,7 @@ def sums(images_Q: Sequence[Hashable], numerator_Q: npt.ArrayLike, denominator_Q
         parts.append(np.bincount(index_Q, values_Q, minlength=len(order)).astype(np.float64))
     if not parts[1].sum() > 0:
         raise ValueError(f"denominators of {len(index_Q)} queries sum to {parts[1].sum():g}, expected above 0")
-    return Sums(parts[0], parts[1])
+    return Sums(parts[0], parts[1], tuple(order))
 
 
 def interval(figure: Sums, *, resamples: int, seed: int) -> Interval:
@@ -71,10 +72,14 @@ def interval(figure: Sums, *, resamples: int, seed: int) -> Interval:
 def paired_difference(figure: Sums, other: Sums, *, resamples: int, seed: int) -> Interval:
     """figure - other with its 95 % interval; both are resampled with the same images, so what they share cancels.
 
-    Raises ValueError where they are not over the same number of images: pass the same images in the same order.
+    Raises ValueError where they are not over the same images in the same order.
     """
-    if len(figure) != len(other):
-        raise ValueError(f"paired figures over {len(figure)} and {len(other)} images: pass the same images")
+    if figure.images != other.images:
+        apart = set(figure.images) ^ set(other.images)
+        raise ValueError(
+            f"paired figures over {len(figure)} and {len(other)} images, {len(apart)} of them in one alone: pass the"
+            " same images in the same order"
+        )
     first_R, second_R = _resampled([figure, other], resamples, seed)
     low, high = _percentiles(first_R - second_R)
     return Interval(figure.value - other.value, low, high, len(figure))

@@ -54,13 +54,27 @@ def ask(room: Room) -> tuple[Question, ...]:
         *_referring(sight, rng),
         *_boxes(sight, rng, room.instance_HW.shape),
         *ask_points(room, rng),
-        *_distance(sight, rng),
-        *_count(sight, rng),
-        *_color(sight, rng),
-        *_exists(sight, rng),
-        *_compare(sight, rng),
-        *_choice(sight, rng),
+        *_in_words(sight, rng),
     )
+
+
+def ask_again(room: Room, times: int) -> tuple[Question, ...]:
+    """More questions about a room, of the kinds answered in words: `times` further draws, no prompt twice.
+
+    For training where one question of a kind would be too few; none of them is `ask`'s own draw.
+    """
+    rng, sight = np.random.default_rng([room.seed, room.index, 0x5EE, 1]), look(room)
+    found = {q.prompt: q for _ in range(times) for q in _in_words(sight, rng)}
+    return tuple(found.values())
+
+
+def _in_words(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
+    yield from _distance(sight, rng)
+    yield from _count(sight, rng)
+    yield from _color(sight, rng)
+    yield from _exists(sight, rng)
+    yield from _compare(sight, rng)
+    yield from _choice(sight, rng)
 
 
 def _object_marks(sight: Sight) -> Floats:

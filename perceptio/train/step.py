@@ -37,18 +37,27 @@ class StepReport:
 class Objective(nn.Module):
     """The weighted sum of the terms of METHOD.md over one micro-batch; what DeepSpeed wraps."""
 
-    def __init__(self, model: PerceptioForConditionalGeneration, weights: LossWeights, sources: int) -> None:
+    def __init__(
+        self,
+        model: PerceptioForConditionalGeneration,
+        weights: LossWeights,
+        sources: int,
+        *,
+        packed_to: int | None = None,
+    ) -> None:
         super().__init__()
         if model.codec is None:
             raise ValueError("the model has no codec: attach_codec() before training")
-        self.model, self.weights, self.sources = model, weights, sources
+        self.model, self.weights, self.sources, self.packed_to = model, weights, sources, packed_to
 
     def forward(self, batch: Batch, counts_C: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the detached sums of the terms by source [Q, C].
 
         `counts_C` are the denominators over the whole *global* batch, so that the micro-batches' losses add up.
         """
-        hidden_BTD = self.model.hidden_states(batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values)
+        hidden_BTD = self.model.hidden_states(
+            batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values, packed_to=self.packed_to
+        )
         sums_QC = hidden_BTD.new_zeros(self.sources, len(TERMS), dtype=torch.float32)
         sums_QC = self._tokens(batch, hidden_BTD, sums_QC)
         sums_QC = self._masks(batch, hidden_BTD, sums_QC)

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from perceptio.data.collator import Batch
+from perceptio.data.packing import Packing
 from perceptio.data.template import LossKind
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.optim import parameter_groups
@@ -34,12 +35,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[PerceptioForConditi
 
 
 def gradients(
-    parts: tuple[PerceptioForConditionalGeneration, Any], batches: Sequence[Batch]
+    parts: tuple[PerceptioForConditionalGeneration, Any], batches: Sequence[Batch], packed_to: int | None = None
 ) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
     """Loss, gradients and sums by source of a global batch cut into these micro-batches."""
     model, _ = parts
     model.zero_grad()
-    objective = Objective(model, WEIGHTS, len(ENTRIES))
+    objective = Objective(model, WEIGHTS, len(ENTRIES), packed_to=packed_to)
     counts_C = counts_by_source(batches, len(ENTRIES)).sum(0)
     total, sums_QC = 0.0, torch.zeros(len(ENTRIES), len(TERMS))
     for batch in batches:
@@ -51,6 +52,26 @@ def gradients(
 
 
 MIXED = [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("packed_to", [1, 512, 4096])
+def test_packing_changes_neither_loss_nor_gradient(parts: Any, packed_to: int) -> None:
+    batch = batch_of(parts, MIXED)
+    loss, padded, sums_QC = gradients(parts, [batch])
+    packed_loss, packed, packed_sums_QC = gradients(parts, [batch], packed_to)
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(packed_sums_QC, sums_QC, rtol=1e-5, atol=1e-6)
+    assert packed.keys() == padded.keys()
+    for name, grad in padded.items():
+        torch.testing.assert_close(packed[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    lengths_B = batch.attention_mask_BT.sum(1).tolist()
+    rows = Packing.of(lengths_B, packed_to).row_B[-1] + 1
+    assert rows == len(MIXED) if packed_to == 1 else rows < len(MIXED)
+
+
+def test_a_row_is_full_before_the_next_begins() -> None:
+    assert Packing.of([5, 3, 4, 2, 8], 8).row_B == (0, 0, 1, 1, 2)
+    assert Packing.of([5, 3, 4, 2, 8], 8).start_B == (0, 5, 0, 4, 0)
 
 
 @pytest.mark.parametrize("cut", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1], [2, 0]]])

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, InternVLProcessor
 
 import perceptio.rooms
-from workflows.zoo.base import corpus
+from workflows.zoo.base import corpus, see, text_states
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
 from workflows.zoo.base_packs import IGNORED, LENGTH, Packer, pixels
-from workflows.zoo.base_rooms import DEPTH_GRID, EMPTY, GRID, PATCHES, TaughtRoom, cached_rooms, mirrored
+from workflows.zoo.base_rooms import DEPTH_GRID, EMPTY, GRID, PATCHES, TaughtRoom, cached_rooms, lettered, mirrored
 from workflows.zoo.base_score import first_figures, iou, parse_box
 
 SHIPPED = Path(perceptio.rooms.__file__).parent / "zoo" / "base"
@@ -49,21 +49,60 @@ def test_any_text_survives_the_tokenizer(processor: InternVLProcessor) -> None:
     assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
 
 
-def test_a_pack_reads_as_the_processor_writes_the_same_chat(
-    rooms: list[TaughtRoom], processor: InternVLProcessor
-) -> None:
-    packer = Packer(processor, rooms, np.random.default_rng(0))
-    _, ids, labels = packer._pack(rooms[0])
-    assert len(ids) == len(labels) <= LENGTH
-    text = processor.tokenizer.decode(ids)
-    turns = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>")[1:]]
+def unpacked(processor: InternVLProcessor, ids: list[int], image_text: str) -> list[dict[str, str]]:
+    """The chat that token ids hold."""
+    turns = [part.split("<|im_end|>")[0] for part in processor.tokenizer.decode(ids).split("<|im_start|>")[1:]]
     chat = [dict(zip(("role", "content"), turn.split("\n", 1), strict=True)) for turn in turns]
-    chat[0]["content"] = chat[0]["content"].replace(packer.image_text, processor.image_token)
+    chat[0]["content"] = chat[0]["content"].replace(image_text, processor.image_token)
+    return chat
+
+
+def as_written(processor: InternVLProcessor, chat: list[dict[str, str]]) -> list[int]:
+    """The processor's own token ids of a chat about one image."""
     written = processor.apply_chat_template(chat, tokenize=False)
-    image = np.zeros((128, 128, 3), np.uint8)
-    assert processor(images=[[image]], text=[written]).input_ids[0] == ids
-    supervised = processor.tokenizer.decode([label for label in labels if label != IGNORED])
-    assert supervised == "".join(f"{turn['content']}<|im_end|>" for turn in chat if turn["role"] == "assistant")
+    return processor(images=[[np.zeros((128, 128, 3), np.uint8)]], text=[written]).input_ids[0]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_pack_reads_as_the_processor_writes_the_same_chats(
+    rooms: list[TaughtRoom], processor: InternVLProcessor, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.zoo.base_packs.CHAT_SHARE", float(chat))
+    packer = Packer(processor, rooms, np.random.default_rng(0))
+    _, _, pack = packer._drawn(rooms[0])
+    assert len(pack.ids) == len(pack.labels) == len(pack.positions) == len(pack.turns) <= LENGTH
+    shared = [i for i, turn in enumerate(pack.turns) if turn == 0]
+    parts = [shared + [i for i, turn in enumerate(pack.turns) if turn == n] for n in sorted({*pack.turns} - {0})]
+    assert len(parts) == 0 if chat else len(parts) > 5
+    for part in parts or [shared]:
+        ids = [pack.ids[i] for i in part]
+        asked = unpacked(processor, ids, packer.image_text)
+        assert as_written(processor, asked)[:-1] == ids, "all but the line's end behind the last turn"
+        assert [pack.positions[i] for i in part] == list(range(len(part)))
+        supervised = processor.tokenizer.decode([pack.labels[i] for i in part if pack.labels[i] != IGNORED])
+        assert supervised == "".join(f"{turn['content']}<|im_end|>" for turn in asked if turn["role"] == "assistant")
+
+
+def test_a_turn_of_a_pack_sees_the_image_and_itself_alone(
+    rooms: list[TaughtRoom], processor: InternVLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model makes of a turn is what it makes of that turn asked by itself."""
+    monkeypatch.setattr("workflows.zoo.base_packs.CHAT_SHARE", 0.0)
+    torch.manual_seed(0)
+    model = build_model(processor.tokenizer).eval()
+    batch = Packer(processor, rooms, np.random.default_rng(1)).batch(2)
+    image_BGD = see(model, batch).token_BGD
+    packed_BTD = text_states(model, image_BGD, batch)
+    ids_T, sees_TT = batch.ids_BT[0], batch.sees_B1TT[0, 0]
+    end = int((ids_T != processor.tokenizer.pad_token_id).nonzero().max())
+    own_T = sees_TT[end].nonzero()[:, 0]
+    alone = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(ids_T[own_T])[None].masked_scatter(
+            (ids_T[own_T] == model.config.image_token_id)[None, :, None], image_BGD[0]
+        )
+    ).last_hidden_state[0]
+    assert len(own_T) < end, "other turns stand before it"
+    torch.testing.assert_close(packed_BTD[0, own_T], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_pixels_match_the_image_processor(processor: InternVLProcessor) -> None:
@@ -81,30 +120,50 @@ def test_model_takes_what_the_processor_gives(processor: InternVLProcessor) -> N
     assert sum(p.numel() for p in model.parameters()) < 4.5e6  # 9 MB in fp16
 
 
-def assert_in_place(cell_G7: npt.NDArray[np.float32], grid: int) -> None:
+def assert_in_place(cell_G8: npt.NDArray[np.float32], grid: int) -> None:
     """Cells name kind and colour together, and each lies in the box of the object that it shows."""
-    seen_G = cell_G7[:, 0] != EMPTY
-    assert len(cell_G7) == grid * grid and seen_G.any()
-    assert ((cell_G7[:, 1] != EMPTY) == seen_G).all()
+    seen_G = cell_G8[:, 0] != EMPTY
+    assert len(cell_G8) == grid * grid and seen_G.any()
+    assert ((cell_G8[:, 1] != EMPTY) == seen_G).all()
     row_G, column_G = np.divmod(np.arange(grid * grid), grid)
-    x0, y0, x1, y1 = (cell_G7[seen_G, k] * grid for k in range(2, 6))
+    x0, y0, x1, y1 = (cell_G8[seen_G, k] * grid for k in range(2, 6))
     assert ((x0 < column_G[seen_G] + 1) & (x1 > column_G[seen_G])).all()
     assert ((y0 < row_G[seen_G] + 1) & (y1 > row_G[seen_G])).all()
 
 
 def test_cells_name_objects_and_place_their_boxes(rooms: list[TaughtRoom]) -> None:
     for room in rooms:
-        for cell_G7, grid in ((room.token_G7, GRID), (room.patch_P7, PATCHES)):
-            assert_in_place(cell_G7, grid)
-            assert_in_place(mirrored(cell_G7), grid)
-            assert not np.array_equal(mirrored(cell_G7), cell_G7)
-            np.testing.assert_allclose(mirrored(mirrored(cell_G7)), cell_G7, atol=1e-6)
+        for cell_G8, grid in ((room.token_G8, GRID), (room.patch_P8, PATCHES)):
+            assert_in_place(cell_G8, grid)
+            assert_in_place(mirrored(cell_G8), grid)
+            assert not np.array_equal(mirrored(cell_G8), cell_G8)
+            np.testing.assert_allclose(mirrored(mirrored(cell_G8)), cell_G8, atol=1e-6)
+
+
+def test_one_cell_stands_for_each_object_that_can_be_seen(rooms: list[TaughtRoom]) -> None:
+    for room in rooms:
+        chosen_G = room.token_G8[:, 7] == 1
+        shown, chosen = (np.unique(room.token_G8[at, :6], axis=0) for at in (room.token_G8[:, 0] != EMPTY, chosen_G))
+        np.testing.assert_array_equal(shown, chosen)
+        assert chosen_G.sum() >= len(chosen) >= 2
+
+
+def test_letters_are_where_points_are_drawn(rooms: list[TaughtRoom], processor: InternVLProcessor) -> None:
+    room = next(room for room in rooms if room.points)
+    for points in room.points:
+        letter_G2 = lettered(points)
+        assert sorted(letter_G2[letter_G2[:, 0] > 0, 0]) == list(range(1, 1 + len(points.xy)))
+        _, _, answer = points.turn
+        assert letter_G2[letter_G2[:, 1].argmax(), 0] == 1 + "ABCDE".index(answer[1]), "the answer is the closest"
+    packer = Packer(processor, [room], np.random.default_rng(0))
+    images = [packer.looks(4) for _ in range(8)]
+    assert any(batch.letter_BG2.any() for batch in images) and not all(b.letter_BG2.any(2).any(1).all() for b in images)
 
 
 def test_the_depth_grid_is_two_digits_a_part_and_one_token_each(
     rooms: list[TaughtRoom], processor: InternVLProcessor
 ) -> None:
-    (answer,) = {answer for kind, _, answer in rooms[0].turns if kind == "grid"}
+    ((_, _, answer),) = rooms[0].turns["grid"]
     ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
     assert len(ids) == DEPTH_GRID * DEPTH_GRID
     levels = [int(processor.tokenizer.decode([token])) for token in ids]

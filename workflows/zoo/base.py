@@ -14,6 +14,7 @@ of the text model; S cells that show an object; K kinds; C colours; N numbers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -29,29 +30,73 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, InternVLProcessor
 
 from perceptio.rooms.furniture import COLORS, KINDS
+from perceptio.rooms.points import LETTERS
 from perceptio.rooms.questions import FORMS
 from perceptio.vlm.backbone import load_backbone
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
 from workflows.zoo.base_packs import Batch, Packer
-from workflows.zoo.base_rooms import EMPTY, PATCHES, SIDE, TaughtRoom, cached_rooms
+from workflows.zoo.base_rooms import EMPTY, GRID, PATCHES, SIDE, TaughtRoom, cached_rooms
 from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 
 TRAIN_SEED = 102
 SEED = 0
+THREADS = 2
 LOOK_IMAGES = 16  # a step
-LOOKS = ("kind", "color", "corner", "depth")
+LOOKS = ("kind", "color", "corner", "depth", "letter", "mark", "exact")
 BOX_OPENS = "[["
 AIM_BCE = 5.0
+KNOTS, EXACT_STD, EXACT_WEIGHT = 17, 0.2, 5.0
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
 REPORT_SECONDS, SAVE_SECONDS = 15, 120
 
 
+class ExactTokens(nn.Module):
+    """Image tokens made from what the cells show instead of from pixels; dropped after training.
+
+    The text model learns to answer from these first, and the vision tower then learns to make them of pixels: both are
+    quickly learnt, where answering from tokens that do not yet show anything is not. Coordinates and inv_depth are
+    interpolated between few vectors, so that a doubtful one is close to its neighbours.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kind, self.color, self.letter, self.mark, self.place = (
+            nn.Embedding(n, width) for n in (1 + len(KINDS), 1 + len(COLORS), 1 + len(LETTERS), 2, GRID * GRID)
+        )
+        self.between_6ND = nn.Parameter(torch.zeros(6, KNOTS, width))  # four coordinates, inv_depth, that of a point
+        for table in self.parameters():
+            nn.init.normal_(table, std=EXACT_STD)
+
+    def forward(self, token_BG8: torch.Tensor, letter_BG2: torch.Tensor) -> torch.Tensor:
+        """[B, G, D]."""
+        kind_BG, color_BG = (token_BG8[..., i].long() for i in (0, 1))
+        seen_BG, lettered_BG = kind_BG != EMPTY, letter_BG2[..., 0] != EMPTY
+        value_BG6 = torch.cat([token_BG8[..., 2:7], letter_BG2[..., 1:]], -1)
+        said_BG6 = torch.stack([*[seen_BG] * 4, torch.ones_like(seen_BG), lettered_BG], -1)
+        tokens: torch.Tensor = (
+            self.kind(kind_BG)
+            + self.color(color_BG)
+            + self.letter(letter_BG2[..., 0].long())
+            + self.mark(token_BG8[..., 7].long())
+            + self.place.weight
+            + torch.einsum("bgin,ind->bgd", _knots(value_BG6) * said_BG6[..., None], self.between_6ND)
+        )
+        return tokens
+
+
+def _knots(value: torch.Tensor) -> torch.Tensor:
+    """[..., KNOTS]: how much of each of KNOTS equidistant vectors a value in [0, 1] takes, of its two neighbours."""
+    at = value.clamp(0, 1)[..., None] * (KNOTS - 1)
+    return (1 - (at - torch.arange(KNOTS)).abs()).clamp(min=0)
+
+
 class CellHead(nn.Module):
     """Reads what each patch and each image token shows; dropped after training.
 
-    Patches: kind, colour and inv_depth, by linear layers. Image tokens: kind, colour and the box's four coordinates by
-    likeness to the text model's own token embeddings, so that image tokens and words come to share one space.
+    Patches: kind, colour and inv_depth, by linear layers. Image tokens: kind, colour, a point's letter and the box's
+    four coordinates by likeness to the text model's own token embeddings, so that image tokens and words come to share
+    one space; and whether the token stands for its object, so that objects can be counted.
     """
 
     def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
@@ -59,31 +104,43 @@ class CellHead(nn.Module):
         self.words = model.get_input_embeddings()
         width = self.words.get_parameter("weight").shape[1]
         patch_width = model.model.vision_tower.config.hidden_size
-        self.read = nn.Linear(width, 6 * width)
-        self.empty_2D = nn.Parameter(torch.zeros(2, width))
-        self.inv_depth = nn.Linear(width, 1)
+        self.read = nn.Linear(width, 7 * width)
+        self.empty_3D = nn.Parameter(torch.zeros(3, width))
+        self.inv_depth = nn.Linear(width, 2)
+        self.mark = nn.Linear(width, 1)
         self.patch = nn.Linear(patch_width, 1 + len(KINDS) + 1 + len(COLORS) + 1)
         self.kind_ids, self.color_ids = (_word_ids(processor, [f" {w}" for w in words]) for words in (KINDS, COLORS))
+        self.letter_ids = _word_ids(processor, list(LETTERS))
         self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
 
     def loss(self, sight: Sight, batch: Batch) -> torch.Tensor:
-        """[4]: mean of patches and tokens of the cross-entropies of kind and colour, then of the tokens' corners, and
-        the error in inv_depth."""
-        kind_BGD, color_BGD, *corner_4BGD = self.read(sight.token_BGD).chunk(6, -1)
-        kinds_KD = torch.cat([self.empty_2D[:1], self.words(self.kind_ids)])
-        colors_CD = torch.cat([self.empty_2D[1:], self.words(self.color_ids)])
-        seen_BG = batch.token_BG7[..., 0] != EMPTY
-        hundredths_S4 = hundredths(batch.token_BG7[..., 2:6][seen_BG])
+        """[6]: cross-entropies of kind and colour (tokens and patches), of the tokens' corners, the error in inv_depth,
+        and the cross-entropies of letters and of what stands for an object."""
+        kind_BGD, color_BGD, letter_BGD, *corner_4BGD = self.read(sight.token_BGD).chunk(7, -1)
+        kinds_KD, colors_CD, letters_LD = (
+            torch.cat([self.empty_3D[i : i + 1], self.words(ids)])
+            for i, ids in enumerate((self.kind_ids, self.color_ids, self.letter_ids))
+        )
+        seen_BG, lettered_BG = batch.token_BG8[..., 0] != EMPTY, batch.letter_BG2[..., 0] != EMPTY
+        hundredths_S4 = hundredths(batch.token_BG8[..., 2:6][seen_BG])
         corner_S4D = torch.stack([corner_BGD[seen_BG] for corner_BGD in corner_4BGD], 1)
         corner_S4N = (corner_S4D @ self.words(self.number_ids).T).float()
         patch_kind, patch_color, patch_depth = self.patch(sight.patch_BPE).split([len(kinds_KD), len(colors_CD), 1], -1)
-        inv_depth_BG1 = self.inv_depth(sight.token_BGD)
+        inv_depth_BG2 = self.inv_depth(sight.token_BGD).float()
+        at_points = F.smooth_l1_loss(
+            inv_depth_BG2[..., 1][lettered_BG], batch.letter_BG2[..., 1][lettered_BG], beta=0.05
+        )
+        mark_BG = self.mark(sight.token_BGD)[..., 0].float()
         return torch.stack(
             [
-                _names(kind_BGD @ kinds_KD.T, batch.token_BG7[..., 0]) + _names(patch_kind, batch.patch_BP7[..., 0]),
-                _names(color_BGD @ colors_CD.T, batch.token_BG7[..., 1]) + _names(patch_color, batch.patch_BP7[..., 1]),
+                _names(kind_BGD @ kinds_KD.T, batch.token_BG8[..., 0]) + _names(patch_kind, batch.patch_BP8[..., 0]),
+                _names(color_BGD @ colors_CD.T, batch.token_BG8[..., 1]) + _names(patch_color, batch.patch_BP8[..., 1]),
                 F.cross_entropy(corner_S4N.flatten(0, 1), hundredths_S4.flatten()),
-                5 * _error(inv_depth_BG1, batch.token_BG7) + 5 * _error(patch_depth, batch.patch_BP7),
+                5 * _error(inv_depth_BG2[..., :1], batch.token_BG8)
+                + 5 * _error(patch_depth, batch.patch_BP8)
+                + (at_points if lettered_BG.any() else 0),
+                2 * _names(letter_BGD @ letters_LD.T, batch.letter_BG2[..., 0]),
+                2 * F.binary_cross_entropy_with_logits(mark_BG, batch.token_BG8[..., 7]),
             ]
         )
 
@@ -107,8 +164,8 @@ class AimHead(nn.Module):
             return states_BTD.new_zeros(())
         number_A4 = torch.stack([batch.ids_BT[pack_A, opening_A + 1 + 2 * i] for i in range(4)], 1)
         hundredths_A4 = (number_A4[..., None] == self.number_ids).int().argmax(-1)
-        shown_AP7 = batch.patch_BP7[pack_A]
-        same_AP = (hundredths(shown_AP7[..., 2:6]) == hundredths_A4[:, None]).all(-1) & (shown_AP7[..., 0] != EMPTY)
+        shown_AP8 = batch.patch_BP8[pack_A]
+        same_AP = (hundredths(shown_AP8[..., 2:6]) == hundredths_A4[:, None]).all(-1) & (shown_AP8[..., 0] != EMPTY)
         logits_AP, target_AP = self.read(states_BTD[pack_A, opening_A]).float(), same_AP.float()
         chance_AP = logits_AP.sigmoid()
         dice_A = 1 - (2 * (chance_AP * target_AP).sum(1) + 1) / (chance_AP.sum(1) + target_AP.sum(1) + 1)
@@ -126,8 +183,8 @@ def _names(logits_BGK: torch.Tensor, target_BG: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.cross_entropy(logits_BGK.float().flatten(0, 1), target_BG.long().flatten())
 
 
-def _error(inv_depth_BG1: torch.Tensor, target_BG7: torch.Tensor) -> torch.Tensor:
-    return 0.5 * F.smooth_l1_loss(inv_depth_BG1.float(), target_BG7[..., 6:], beta=0.05)
+def _error(inv_depth_BG1: torch.Tensor, target_BG8: torch.Tensor) -> torch.Tensor:
+    return 0.5 * F.smooth_l1_loss(inv_depth_BG1.float(), target_BG8[..., 6:7], beta=0.05)
 
 
 def _word_ids(processor: InternVLProcessor, words: list[str]) -> torch.Tensor:
@@ -173,11 +230,16 @@ def see(model: InternVLForConditionalGeneration, batch: Batch) -> Sight:
 
 
 def text_states(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[B, T, D]: the text model's last states. Packs are padded on the right, so causality hides the pad."""
+    """[B, T, D]: the text model's last states. What may attend to what, the packs say."""
     embeds_BTD = model.get_input_embeddings()(batch.ids_BT)
     at_image_BT1 = (batch.ids_BT == model.config.image_token_id)[..., None]
     embeds_BTD = embeds_BTD.masked_scatter(at_image_BT1, image_BGD.to(embeds_BTD.dtype))
-    states: torch.Tensor = model.model.language_model(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+    states: torch.Tensor = model.model.language_model(
+        inputs_embeds=embeds_BTD,
+        attention_mask=batch.sees_B1TT,
+        position_ids=batch.positions_BT,
+        use_cache=False,
+    ).last_hidden_state
     return states
 
 
@@ -200,25 +262,47 @@ def optimizers(parts: list[nn.Module], rate: float) -> list[torch.optim.Optimize
     ]
 
 
-def learn_to_look(
-    model: InternVLForConditionalGeneration, processor: InternVLProcessor, packer: Packer, minutes: float, rate: float
+def learn_to_reason(
+    model: InternVLForConditionalGeneration, exact: ExactTokens, packer: Packer, minutes: float, rate: float, packs: int
 ) -> int:
-    """The number of steps in which vision tower, projector and embeddings learnt what cells show; in place."""
-    head = CellHead(model, processor)
-    parts = [model.model.vision_tower, model.model.multi_modal_projector, head]  # the head holds the embeddings too
+    """The number of steps in which the text model learnt to answer from exact tokens; in place."""
+    head = AimHead(model, packer.processor)
+    parts = [model.model.language_model, exact, head]
+
+    def loss() -> tuple[torch.Tensor, list[float]]:
+        batch = packer.batch(packs)
+        states_BTD = text_states(model, exact(batch.token_BG8, batch.letter_BG2), batch)
+        answers, aims = answer_loss(model, states_BTD, batch), head.loss(states_BTD, batch)
+        return answers + aims, [answers.item(), aims.item()]
+
+    return _repeat(loss, ("answers", "aims"), optimizers(parts, rate), minutes, rate, lambda: None)
+
+
+def learn_to_look(
+    model: InternVLForConditionalGeneration, exact: ExactTokens, packer: Packer, minutes: float, rate: float
+) -> int:
+    """The number of steps in which vision tower and projector learnt to make the exact tokens of pixels; in place."""
+    head = CellHead(model, packer.processor)
+    exact.requires_grad_(False)
+    head.words.requires_grad_(False)
+    parts = [model.model.vision_tower, model.model.multi_modal_projector, head]
 
     def loss() -> tuple[torch.Tensor, list[float]]:
         batch = packer.looks(LOOK_IMAGES)
-        terms_4 = head.loss(see(model, batch), batch)
-        return terms_4.sum(), terms_4.tolist()
+        sight, wanted_BGD = see(model, batch), exact(batch.token_BG8, batch.letter_BG2)
+        missed = F.mse_loss(sight.token_BGD.float(), wanted_BGD) / wanted_BGD.var((0, 1)).mean()
+        terms_7 = torch.cat([head.loss(sight, batch), EXACT_WEIGHT * missed[None]])
+        return terms_7.sum(), terms_7.tolist()
 
-    return _repeat(loss, LOOKS, optimizers(parts, rate), minutes, rate, lambda: None)
+    steps = _repeat(loss, LOOKS, optimizers(parts, rate), minutes, rate, lambda: None)
+    head.words.requires_grad_(True)
+    return steps
 
 
 def learn_to_answer(
     model: InternVLForConditionalGeneration, packer: Packer, minutes: float, rate: float, packs: int, out: Path
 ) -> int:
-    """The number of steps in which text model and projector learnt to answer; in place, saved now and then."""
+    """The number of steps in which text model and projector learnt to answer from pixels; in place, saved at times."""
     model.model.vision_tower.requires_grad_(False)
     head = AimHead(model, packer.processor)
 
@@ -277,25 +361,29 @@ def save(model: InternVLForConditionalGeneration, processor: InternVLProcessor, 
 def corpus(rooms: list[TaughtRoom]) -> Iterator[str]:
     """What the tokenizer is learnt from: chats, and the forms in which a mask will be asked for."""
     for n, room in enumerate(rooms):
-        for _, prompt, answer in (*room.turns, *room.boxes, *(turn for _, turn in room.points)):
+        for _, prompt, answer in (*itertools.chain(*room.turns.values()), *(points.turn for points in room.points)):
             yield from ("user\n", prompt, "assistant\n", answer)
-        yield FORMS[n % len(FORMS)].format(room.boxes[0][1].removeprefix("Where is ").rstrip("?")) if room.boxes else ""
+        for _, prompt, _ in room.turns["box"][:1]:
+            yield FORMS[n % len(FORMS)].format(prompt.removeprefix("Where is ").rstrip("?"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--look-minutes", type=float, default=18, help="of learning to look, in processor time")
-    parser.add_argument("--minutes", type=float, default=30, help="of learning to answer, in processor time")
+    parser.add_argument(
+        "--reason-minutes", type=float, default=18, help="of answering from exact tokens, processor time"
+    )
+    parser.add_argument("--look-minutes", type=float, default=16, help="of learning to look, in processor time")
+    parser.add_argument("--minutes", type=float, default=14, help="of answering from pixels, in processor time")
     parser.add_argument("--more", action="store_true", help="go on from the model in --out: answers only")
     parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
-    parser.add_argument("--rooms", type=int, default=6000, help="rooms to learn from")
+    parser.add_argument("--rooms", type=int, default=10000, help="rooms to learn from")
     parser.add_argument("--held-out", type=int, default=240, help=f"rooms of seed {HELD_OUT_SEED} to score on")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--packs", type=int, default=8, help="images a step of learning to answer")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "perceptio-zoo-base")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     known = args.more or args.score
     runs: list[dict[str, float]] = json.loads((args.out / "card.json").read_text())["runs"] if known else []
     if not args.score:
@@ -309,9 +397,14 @@ def main() -> None:
         packer = Packer(processor, rooms, np.random.default_rng(SEED + len(runs)))
         model.train()
         run: dict[str, float] = {"rooms": len(rooms), "rate": args.rate, "look_minutes": 0, "looks": 0}
+        run |= {"reason_minutes": 0, "reasoned": 0}
         if not args.more:
-            run["look_minutes"] = args.look_minutes
-            run["looks"] = learn_to_look(model, processor, packer, args.look_minutes, args.rate) * LOOK_IMAGES
+            exact = ExactTokens(model.get_input_embeddings().get_parameter("weight").shape[1])
+            run["reason_minutes"], run["look_minutes"] = args.reason_minutes, args.look_minutes
+            run["reasoned"] = args.packs * learn_to_reason(
+                model, exact, packer, args.reason_minutes, args.rate, args.packs
+            )
+            run["looks"] = LOOK_IMAGES * learn_to_look(model, exact, packer, args.look_minutes, args.rate)
         run["minutes"] = args.minutes
         run["packs"] = learn_to_answer(model, packer, args.minutes, args.rate, args.packs, args.out) * args.packs
         save(model, processor, args.out)

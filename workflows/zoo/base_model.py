@@ -84,13 +84,13 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
-    """An untrained InternVL: 16 x 16 patches, width 128, 5 layers; Qwen2 of width 256, 4 layers, tied embeddings."""
+    """An untrained InternVL: 16 x 16 patches, width 128, 5 layers; Qwen2 of width 256, 6 layers, tied embeddings."""
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=8,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},

@@ -1,11 +1,16 @@
 """Packs: one image and several turns of chat about it in one sequence, labels on the answers alone.
 
+In most packs a turn sees the image and itself but no other turn: else what one question names would answer the next
+("Where is the red chair?", "What colour is the chair?"), and the image would not need to be looked at.
+
 Shape legend: B packs; T tokens, padded on the right; H, W pixels; G cells of the image grid.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +19,24 @@ import torch
 from PIL import Image
 from transformers import InternVLProcessor
 
+from perceptio.rooms.points import draw_points
 from perceptio.rooms.questions import FORMS
-from workflows.zoo.base_rooms import TaughtRoom, Turn, mirrored
+from workflows.zoo.base_rooms import TaughtRoom, Turn, lettered, mirrored
 
 LENGTH = 320  # most tokens of a pack
-BOX_SHARE = 0.6  # chance that the next turn is a box question
+CHAT_SHARE = 0.2  # packs that are one chat; in all others each turn sees the image and itself alone
 POINTS_SHARE = 0.35  # chance that a pack shows the points drawn in and opens with their question
 FORM_SHARE, WHERE = 0.7, "Where is {}?"
-GRID_SHARE = 0.3  # chance that a pack may ask for the depth grid, whose answer is longer than all others
+# How likely the next turn is of a kind; a kind that a room has no (more) turns of leaves its share to the others.
+KIND_SHARES = {
+    "box": 0.3,
+    "attribute": 0.15,
+    "count": 0.15,
+    "yes_no": 0.15,
+    "distance": 0.1,
+    "choice": 0.13,
+    "grid": 0.02,
+}
 IGNORED = -100
 
 
@@ -31,9 +46,29 @@ class Batch:
 
     ids_BT: torch.Tensor
     labels_BT: torch.Tensor
+    positions_BT: torch.Tensor
+    sees_B1TT: torch.Tensor  # which positions (last axis) each position may attend to
     pixel_B3HW: torch.Tensor
-    token_BG7: torch.Tensor  # what each image token shows, and each patch; see base_rooms
-    patch_BP7: torch.Tensor
+    token_BG8: torch.Tensor  # what each image token shows, and each patch; see base_rooms
+    patch_BP8: torch.Tensor
+    letter_BG2: torch.Tensor
+
+
+@dataclass
+class Pack:
+    """One sequence: what all turns share (turn 0), then the turns."""
+
+    ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    turns: list[int]  # which turn each token belongs to
+
+    def add(self, asked: list[int], said: list[int], turn: int, position: int) -> None:
+        new = asked + said
+        self.ids += new
+        self.labels += [IGNORED] * len(asked) + said
+        self.positions += range(position, position + len(new))
+        self.turns += [turn] * len(new)
 
 
 class Packer:
@@ -48,69 +83,82 @@ class Packer:
     def batch(self, packs: int) -> Batch:
         """The next `packs` packs."""
         rooms = [self._next_room() for _ in range(packs)]
-        drawn = [self._pack(room) for room in rooms]
-        longest = max(len(ids) for _, ids, _ in drawn)
+        images, letters, drawn = zip(*[self._drawn(room) for room in rooms], strict=True)
+        longest = max(len(pack.ids) for pack in drawn)
         pad = self.processor.tokenizer.pad_token_id
-        ids = [ids + [pad] * (longest - len(ids)) for _, ids, _ in drawn]
-        labels = [labels + [IGNORED] * (longest - len(labels)) for _, _, labels in drawn]
+        turns_BT = _padded([p.turns for p in drawn], longest, -1)
+        same_BTT = (turns_BT[:, :, None] == turns_BT[:, None]) | (turns_BT[:, None] == 0)
         return Batch(
-            torch.tensor(ids),
-            torch.tensor(labels),
-            pixels([image for image, _, _ in drawn], self.processor),
-            torch.from_numpy(np.stack([room.token_G7 for room in rooms])),
-            torch.from_numpy(np.stack([room.patch_P7 for room in rooms])),
+            _padded([p.ids for p in drawn], longest, pad),
+            _padded([p.labels for p in drawn], longest, IGNORED),
+            _padded([p.positions for p in drawn], longest, 0),
+            (same_BTT & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None],
+            pixels(list(images), self.processor),
+            torch.from_numpy(np.stack([room.token_G8 for room in rooms])),
+            torch.from_numpy(np.stack([room.patch_P8 for room in rooms])),
+            torch.from_numpy(np.stack(letters)),
         )
 
     def looks(self, count: int) -> Batch:
-        """The next `count` images without questions, half of them mirrored."""
+        """The next `count` images without questions: with points drawn in, mirrored, or as they are."""
         rooms = [self._next_room() for _ in range(count)]
-        images = [np.asarray(Image.open(io.BytesIO(room.image)).convert("RGB")) for room in rooms]
-        cells = [(room.token_G7, room.patch_P7) for room in rooms]
-        for i in np.flatnonzero(self.rng.random(count) < 0.5):
-            images[i], cells[i] = images[i][:, ::-1], (mirrored(cells[i][0]), mirrored(cells[i][1]))
-        token_BG7, patch_BP7 = (torch.from_numpy(np.stack(grids)) for grids in zip(*cells, strict=True))
+        images, letters, cells = [], [], []
+        for room in rooms:
+            image, letter, _ = self._with_points(room)
+            cell = (room.token_G8, room.patch_P8)
+            if not letter.any() and self.rng.random() < 0.5:
+                image, cell = image[:, ::-1], (mirrored(cell[0]), mirrored(cell[1]))
+            images.append(image)
+            letters.append(letter)
+            cells.append(cell)
+        token_BG8, patch_BP8 = (torch.from_numpy(np.stack(grids)) for grids in zip(*cells, strict=True))
         none = torch.zeros(count, 0).long()
-        return Batch(none, none, pixels(images, self.processor), token_BG7, patch_BP7)
+        pixel_B3HW, letter_BG2 = pixels(images, self.processor), torch.from_numpy(np.stack(letters))
+        return Batch(none, none, none, none, pixel_B3HW, token_BG8, patch_BP8, letter_BG2)
 
     def _next_room(self) -> TaughtRoom:
         if not self.order:
             self.order = self.rng.permutation(len(self.rooms)).tolist()
         return self.rooms[self.order.pop()]
 
-    def _pack(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], list[int], list[int]]:
-        """The image, token ids and labels of one pack."""
-        image, turns = room.image, self._turns(room)
-        if room.points and self.rng.random() < POINTS_SHARE:
-            image, turn = room.points[self.rng.integers(len(room.points))]
-            turns.insert(0, turn)
-        ids: list[int] = []
-        labels: list[int] = []
-        for n, (_, prompt, answer) in enumerate(turns):
-            opening = self.image_text + "\n" if n == 0 else ""
-            asked = self._encode(f"<|im_start|>user\n{opening}{prompt}<|im_end|>\n<|im_start|>assistant\n")
-            said, closing = self._encode(f"{answer}<|im_end|>"), self._encode("\n")
-            if len(ids) + len(asked) + len(said) + len(closing) > LENGTH:
-                break
-            ids += asked + said + closing
-            labels += [IGNORED] * len(asked) + said + [IGNORED] * len(closing)
-        return np.asarray(Image.open(io.BytesIO(image)).convert("RGB")), ids, labels
+    def _with_points(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], list[Turn]]:
+        """The room's image, now and then with points drawn in; what `lettered` says of them; and their question."""
+        image_HW3 = np.asarray(Image.open(io.BytesIO(room.image)).convert("RGB"))
+        if not room.points or self.rng.random() >= POINTS_SHARE:
+            return image_HW3, np.zeros((len(room.token_G8), 2), np.float32), []
+        points = room.points[self.rng.integers(len(room.points))]
+        return draw_points(image_HW3, points.xy), lettered(points), [points.turn]
 
-    def _turns(self, room: TaughtRoom) -> list[Turn]:
-        """All turns of a room, boxes and others mixed, in random order."""
-        boxes = [self._rephrased(room.boxes[i]) for i in self.rng.permutation(len(room.boxes))]
-        with_grid = self.rng.random() < GRID_SHARE
-        others = [
-            room.turns[i] for i in self.rng.permutation(len(room.turns)) if with_grid or room.turns[i][0] != "grid"
-        ]
-        mixed = []
-        while boxes or others:
-            source = boxes if boxes and (not others or self.rng.random() < BOX_SHARE) else others
-            mixed.append(source.pop())
-        return mixed
+    def _drawn(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], Pack]:
+        """The image, its letters and the tokens of one pack."""
+        image_HW3, letter_G2, first = self._with_points(room)
+        pack, chat = Pack([], [], [], []), self.rng.random() < CHAT_SHARE
+        pack.add(self._encode(f"<|im_start|>user\n{self.image_text}\n"), [], 0, 0)
+        shared = len(pack.ids)
+        for n, (_, prompt, answer) in enumerate(itertools.chain(first, self._turns(room))):
+            opening = "\n<|im_start|>user\n" if chat and n else ""
+            asked = self._encode(f"{opening}{prompt}<|im_end|>\n<|im_start|>assistant\n")
+            said = self._encode(f"{answer}<|im_end|>")
+            if len(pack.ids) + len(asked) + len(said) > LENGTH:
+                break
+            pack.add(asked, said, 0 if chat else 1 + n, len(pack.ids) if chat else shared)
+        return image_HW3, letter_G2, pack
+
+    def _turns(self, room: TaughtRoom) -> Iterator[Turn]:
+        """The turns of a room in random order, kinds by KIND_SHARES."""
+        left = {kind: self.rng.permutation(len(turns)).tolist() for kind, turns in room.turns.items() if turns}
+        while left:
+            shares = np.array([KIND_SHARES[kind] for kind in left])
+            kind = list(left)[self.rng.choice(len(left), p=shares / shares.sum())]
+            yield self._rephrased(room.turns[kind][left[kind].pop()])
+            if not left[kind]:
+                del left[kind]
 
     def _rephrased(self, turn: Turn) -> Turn:
-        """A box question, most often in one of the forms in which a mask will be asked for later."""
+        """A turn; a box question most often in one of the forms in which a mask will be asked for later."""
         kind, prompt, answer = turn
+        if kind != "box":
+            return turn
         form = FORMS[self.rng.integers(len(FORMS))] if self.rng.random() < FORM_SHARE else WHERE
         return kind, form.format(prompt.removeprefix("Where is ").removesuffix("?")), answer
 
@@ -118,6 +166,10 @@ class Packer:
         if text not in self.tokens:
             self.tokens[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return self.tokens[text]
+
+
+def _padded(rows: list[list[int]], length: int, pad: int) -> torch.Tensor:
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
 
 
 def pixels(images: list[npt.NDArray[np.uint8]], processor: InternVLProcessor) -> torch.Tensor:

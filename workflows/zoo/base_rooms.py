@@ -22,9 +22,10 @@ from PIL import Image
 
 from perceptio.rooms.expressions import Sight, expressions, look
 from perceptio.rooms.furniture import COLORS, KINDS
-from perceptio.rooms.questions import ask
+from perceptio.rooms.points import ask_points
+from perceptio.rooms.questions import ask, ask_again
 from perceptio.rooms.render import render_room
-from perceptio.rooms.room import Question, Room
+from perceptio.rooms.room import Room
 
 SIDE = 128  # pixels of an image
 GRID = 8  # image tokens along a side
@@ -32,6 +33,7 @@ PATCHES = 16  # patches along a side
 DEPTH_GRID = 6  # cells along a side of the depth question
 ROOMS_A_FILE = 250
 MOST_BOXES = 24  # box questions kept of a room
+DRAWS, POINT_DRAWS = 12, 4  # of the questions answered in words, and of those about points
 SEEN_SHARE = 0.1  # of a cell that an object must fill to be its content
 EMPTY = 0  # kind and colour of a cell without an object
 
@@ -39,15 +41,23 @@ Turn = tuple[str, str, str]  # kind, prompt, answer
 
 
 @dataclass(frozen=True)
+class Points:
+    """A question about lettered points, and where they are to be drawn."""
+
+    xy: tuple[tuple[int, int], ...]
+    turn: Turn
+    inv_depth: tuple[float, ...]  # at each point
+
+
+@dataclass(frozen=True)
 class TaughtRoom:
     """One room: its questions, and what each cell of the image grid shows."""
 
     image: bytes  # PNG
-    turns: tuple[Turn, ...]  # all kinds but points and referring
-    boxes: tuple[Turn, ...]
-    points: tuple[tuple[bytes, Turn], ...]  # each with the image that has its points drawn in
-    token_G7: npt.NDArray[np.float32]  # what each image token shows; see _cells
-    patch_P7: npt.NDArray[np.float32]  # what each patch shows
+    turns: dict[str, tuple[Turn, ...]]  # by kind; all but points
+    points: tuple[Points, ...]
+    token_G8: npt.NDArray[np.float32]  # what each image token shows; see _cells
+    patch_P8: npt.NDArray[np.float32]  # what each patch shows
 
 
 def cached_rooms(folder: Path, seed: int, count: int) -> Iterator[TaughtRoom]:
@@ -93,74 +103,94 @@ def png(rgb_HW3: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _row(room: Room) -> dict[str, object]:
-    sight, questions = look(room), ask(room)
-    points = [q for q in questions if q.kind == "points" and q.image_HW3 is not None]
-    turns = [_turn(q) for q in questions if q.kind not in ("points", "referring", "box")] + [depth_turn(room)]
-    boxes = all_boxes(sight, np.random.default_rng([room.seed, room.index, SIDE]))
-    boxes += [_turn(q) for q in questions if q.kind == "box"]
+    sight = look(room)
+    turns: dict[str, list[Turn]] = {"box": all_boxes(sight, np.random.default_rng([room.seed, room.index, SIDE]))}
+    for q in (*ask(room), *ask_again(room, DRAWS)):
+        if q.kind not in ("points", "referring"):
+            turns.setdefault(q.kind, []).append((q.kind, q.prompt, q.answer))
+    turns["grid"] = [depth_turn(room)]
+    inv_depth_HW = _inv_depth(room)
+    rng = np.random.default_rng([room.seed, room.index, SIDE, 1])
+    points = [
+        {
+            "xy": q.points_xy,
+            "turn": (q.kind, q.prompt, q.answer),
+            "inv_depth": [float(inv_depth_HW[y, x]) for x, y in q.points_xy],
+        }
+        for _ in range(POINT_DRAWS)
+        for q in ask_points(room, rng)
+    ]
     return {
         "image": png(room.rgb_HW3),
         "turns": json.dumps(turns),
-        "boxes": json.dumps(boxes),
-        "points": json.dumps([_turn(q) for q in points]),
-        "points_images": [png(q.image_HW3) for q in points if q.image_HW3 is not None],
+        "points": json.dumps(points),
         "tokens": _cells(room, sight, GRID).ravel().tolist(),
         "patches": _cells(room, sight, PATCHES).ravel().tolist(),
     }
 
 
-def _turn(question: Question) -> Turn:
-    return question.kind, question.prompt, question.answer
-
-
 def _taught(row: dict[str, object]) -> TaughtRoom:
-    turns, boxes, points = (
-        tuple(tuple(t) for t in json.loads(str(row[name]))) for name in ("turns", "boxes", "points")
-    )
+    turns, points = json.loads(str(row["turns"])), json.loads(str(row["points"]))
     return TaughtRoom(
         row["image"],  # type: ignore[arg-type]
-        turns,
-        boxes,
-        tuple(zip(row["points_images"], points, strict=True)),  # type: ignore[call-overload]
-        np.array(row["tokens"], np.float32).reshape(-1, 7),
-        np.array(row["patches"], np.float32).reshape(-1, 7),
+        {kind: tuple((k, prompt, answer) for k, prompt, answer in of_kind) for kind, of_kind in turns.items()},
+        tuple(Points(tuple((x, y) for x, y in p["xy"]), tuple(p["turn"]), tuple(p["inv_depth"])) for p in points),
+        np.array(row["tokens"], np.float32).reshape(-1, 8),
+        np.array(row["patches"], np.float32).reshape(-1, 8),
     )
 
 
-def mirrored(cell_G7: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def lettered(points: Points) -> npt.NDArray[np.float32]:
+    """[G, 2]: for each image token the letter of the point in it (1 for A), and that point's inv_depth; else 0."""
+    letter_G2 = np.zeros((GRID * GRID, 2), np.float32)
+    for n, ((x, y), inv_depth) in enumerate(zip(points.xy, points.inv_depth, strict=True)):
+        letter_G2[y * GRID // SIDE * GRID + x * GRID // SIDE] = 1 + n, inv_depth
+    return letter_G2
+
+
+def mirrored(cell_G8: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """What the cells show when the image is turned left to right."""
-    side = math.isqrt(len(cell_G7))
-    turned_G7 = cell_G7.reshape(side, side, 7)[:, ::-1].reshape(-1, 7).copy()
-    turned_G7[:, [2, 4]] = np.where(turned_G7[:, :1] > EMPTY, 1 - turned_G7[:, [4, 2]], 0)
-    return turned_G7
+    side = math.isqrt(len(cell_G8))
+    turned_G8 = cell_G8.reshape(side, side, 8)[:, ::-1].reshape(-1, 8).copy()
+    turned_G8[:, [2, 4]] = np.where(turned_G8[:, :1] > EMPTY, 1 - turned_G8[:, [4, 2]], 0)
+    return turned_G8
 
 
 def depth_turn(room: Room) -> Turn:
     """Closeness in a grid of DEPTH_GRID x DEPTH_GRID, row by row, two digits a cell and no space: 00 far to 99 near."""
-    inverse_HW = 1 / room.depth_HW
     step = SIDE / DEPTH_GRID
     edges = [round(step * i) for i in range(DEPTH_GRID)]
-    mean_NN = np.add.reduceat(np.add.reduceat(inverse_HW, edges, 0), edges, 1)
+    mean_NN = np.add.reduceat(np.add.reduceat(_inv_depth(room), edges, 0), edges, 1)
     mean_NN /= np.outer(*[np.diff([*edges, SIDE])] * 2)
-    low, high = float(inverse_HW.min()), float(inverse_HW.max())
-    levels = np.clip(100 * (mean_NN - low) / max(high - low, 1e-6), 0, 99).astype(int)
+    levels = np.clip(100 * mean_NN, 0, 99).astype(int)
     return "grid", f"How close is each of {DEPTH_GRID} x {DEPTH_GRID} parts?", "".join(f"{n:02d}" for n in levels.flat)
 
 
-def _cells(room: Room, sight: Sight, grid: int) -> npt.NDArray[np.float32]:
-    """What most of each cell of a grid shows, [grid * grid, 7], or EMPTY where no object fills enough of it.
+def _inv_depth(room: Room) -> npt.NDArray[np.floating]:
+    inverse_HW = 1 / room.depth_HW
+    low, high = float(inverse_HW.min()), float(inverse_HW.max())
+    return (inverse_HW - low) / max(high - low, 1e-6)
 
-    1 + index in KINDS, 1 + index in COLORS, box of the object (x0, y0, x1, y1) in [0, 1], mean inv_depth of the cell.
+
+def _cells(room: Room, sight: Sight, grid: int) -> npt.NDArray[np.float32]:
+    """What most of each cell of a grid shows, [grid * grid, 8], or EMPTY where no object fills enough of it.
+
+    1 + index in KINDS, 1 + index in COLORS, box of the object (x0, y0, x1, y1) in [0, 1], mean inv_depth of the cell,
+    and 1 in the one cell of each object that stands for it: the nearest to its middle of those that show it.
     """
     count, step = len(room.objects), SIDE // grid
     instance_GP = room.instance_HW.reshape(grid, step, grid, step).swapaxes(1, 2).reshape(grid * grid, -1)
-    inverse_GP = (1 / room.depth_HW).reshape(grid, step, grid, step).swapaxes(1, 2).reshape(grid * grid, -1)
+    inv_depth_G = _inv_depth(room).reshape(grid, step, grid, step).mean((1, 3)).ravel()
     share_GO = np.stack([(instance_GP == i).mean(1) for i in range(count)], 1)
     object_G, seen_G1 = share_GO.argmax(1), share_GO.max(1, keepdims=True) >= SEEN_SHARE
     kinds, colors = list(KINDS), list(COLORS)
     name_O2 = np.array([(1 + kinds.index(o.kind), 1 + colors.index(o.color)) for o in room.objects])
     box_O4 = (sight.box_O4 + np.array([0, 0, 1, 1])) / SIDE
-    low, high = float((1 / room.depth_HW).min()), float((1 / room.depth_HW).max())
-    inv_depth_G1 = (inverse_GP.mean(1, keepdims=True) - low) / max(high - low, 1e-6)
     shown_G6 = np.where(seen_G1, np.concatenate([name_O2, box_O4], 1)[object_G], EMPTY)
-    return np.concatenate([shown_G6, inv_depth_G1], 1).astype(np.float32)
+    middle_G2 = (np.stack(np.divmod(np.arange(grid * grid), grid)[::-1], 1) + 0.5) / grid
+    chosen_G = np.zeros(grid * grid)
+    for i in range(count):
+        own = np.flatnonzero(seen_G1[:, 0] & (object_G == i))
+        if len(own):
+            chosen_G[own[np.hypot(*(middle_G2[own] - sight.center_O2[i]).T).argmin()]] = 1
+    return np.concatenate([shown_G6, inv_depth_G[:, None], chosen_G[:, None]], 1).astype(np.float32)

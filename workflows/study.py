@@ -1,0 +1,161 @@
+"""The method's parts, one by one: every arm trained and asked on the same base, data, order and number of steps.
+
+    perceptio study --recipe rooms_study --results docs/study
+
+Reads   the recipe's sources; finished runs in RESULTS
+Writes  everything of `perceptio run`, RESULTS/ARM-SEED.json as each run ends, then RESULTS/study.json and
+        RESULTS/study.html. RESULTS is ROOT/study where it is not given
+Needs   what training and evaluation need; a run that was interrupted goes on at its last checkpoint
+
+A finished run is never made again: it is known by the digest of its settings, and one with other settings is refused.
+ROOT/model is the arm's that was trained last; the arms with forced codes ask the model of the arm with the same
+training, which stands before them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas.manifest import MANIFEST_NAME
+from schemas.recipe import MixtureEntry, Recipe, StudyArm
+from workflows import evaluate, pipeline, runtime, study_page, train
+from workflows.folders import require
+from workflows.store import OtherInputsError, Root, StageError, open_root
+
+DIGITS = 6  # of a mark in a finished run's file
+BOXES = "box"  # how a text-only arm is asked for what the others segment
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+def run(recipe: Recipe, results: str | None = None) -> str:
+    """Where study.html lies, after every run of the study stands; raises StageError where one cannot go on."""
+    if recipe.study is None:
+        raise StageError(f"recipe '{recipe.name}' has no `study` section: name its arms there, as rooms_study does")
+    root = open_root(recipe.root)
+    finished = open_root(results if results is not None else root.at("study"))
+    for arm, seed in in_order(recipe):
+        own = arm_recipe(recipe, arm, seed)
+        if _result(finished, arm, seed, own) is None:
+            log.info("study: %s, seed %d", arm.name, seed)
+            _run(recipe, root, finished, arm, seed)
+    runs = [_result(finished, arm, seed, arm_recipe(recipe, arm, seed)) for arm, seed in in_order(recipe)]
+    return study_page.write(recipe, finished, [run for run in runs if run is not None])
+
+
+def in_order(recipe: Recipe) -> Iterator[tuple[StudyArm, int]]:
+    """Every run: seed by seed, so that all arms stand once before any stands twice."""
+    assert recipe.study is not None
+    for seed in dict.fromkeys(seed for arm in recipe.study.arms for seed in arm.seeds):
+        yield from ((arm, seed) for arm in recipe.study.arms if seed in arm.seeds)
+
+
+def arm_recipe(recipe: Recipe, arm: StudyArm, seed: int) -> Recipe:
+    """The recipe of one run: the seed of training and what the arm changes; all else, data too, is the study's."""
+    zero = {} if arm.depth in ("objectives", "soft_merging") else {"marker": 0.0, "token": 0.0, "count": 0.0}
+    if arm.depth != "soft_merging":
+        zero["reconstruction"] = 0.0
+    losses = recipe.train.losses.model_copy(update={**zero, "plain": arm.depth in ("none", "plain")})
+    mixture = tuple(_entry(entry, arm) for entry in recipe.train.mixture)
+    changes = {
+        "seed": seed,
+        "study": None,
+        "model": recipe.model.model_copy(update={"depth_after_text": arm.depth_after_text}),
+        "train": recipe.train.model_copy(update={"losses": losses, "mixture": mixture}),
+        "evaluate": recipe.evaluate.model_copy(update={"codes": arm.codes}),
+    }
+    return Recipe.model_validate(recipe.model_copy(update=changes).model_dump())
+
+
+def _entry(entry: MixtureEntry, arm: StudyArm) -> MixtureEntry:
+    changes: Row = {} if arm.depth != "none" else {"depth": False}
+    if entry.segmentation and not arm.segmentation:
+        changes |= {"segmentation": False, "kinds": (BOXES,)}
+    return entry.model_copy(update=changes)
+
+
+def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -> None:
+    """Trains and asks one arm, and writes its result."""
+    own = arm_recipe(recipe, arm, seed)
+    pipeline.run(recipe.model_copy(update={"study": None}), pipeline.DATA)
+    _make_way(recipe, root, own)
+    seconds = pipeline.run(own, pipeline.MODEL)
+    evaluation = json.loads(root.read("eval", evaluate.METRICS) or b"{}")
+    model = require(root, "model", stage="train")
+    result = {
+        "arm": arm.name,
+        "seed": seed,
+        "settings": own.digest,
+        "code": runtime.code_version(),
+        "machine": f"{platform.processor() or platform.machine()}, {psutil.cpu_count(logical=False)} cores",
+        "precision": model.extra.get("precision"),
+        "seconds": seconds,
+        "inputs": model.inputs,
+        "metrics": evaluation["metrics"],
+        **_marks(root, evaluation["evaluation"]),
+    }
+    finished.write(json.dumps(result, separators=(",", ":")).encode() + b"\n", _name(arm, seed))
+
+
+def _make_way(recipe: Recipe, root: Root, own: Recipe) -> None:
+    """Deletes another arm's model and checkpoints; raises StageError where ROOT/model is none of the study's."""
+    standing = root.manifest("model")
+    if standing is None or standing.inputs == train.inputs(own, root):
+        return
+    if not any(standing.inputs == train.inputs(arm_recipe(recipe, *run), root) for run in in_order(recipe)):
+        raise StageError(
+            f"{root.uri}: model/ was trained with other settings than any arm of the study: give the study a root of"
+            " its own, or delete model/"
+        )
+    trained = json.loads(root.read("model", "perceptio.json") or b"{}")["run"]
+    root.delete("model", MANIFEST_NAME)  # first: without it nothing of the folder counts
+    root.delete_many([*root.files_below("model"), *root.files_below("runs", trained)])
+
+
+def _result(finished: Root, arm: StudyArm, seed: int, own: Recipe) -> Row | None:
+    """What a finished run found, None where it is not finished; raises OtherInputsError for another setting's."""
+    data = finished.read(_name(arm, seed))
+    if data is None:
+        return None
+    found: Row = json.loads(data)
+    if found["settings"] != own.digest:
+        raise OtherInputsError(
+            f"{finished.at(_name(arm, seed))}: was made with settings {found['settings']}, the recipe's are"
+            f" {own.digest}: delete it to run it again, or give another folder with --results"
+        )
+    return found
+
+
+def _name(arm: StudyArm, seed: int) -> str:
+    return f"{arm.name}-{seed}.json"
+
+
+def _marks(root: Root, evaluation: str) -> Row:
+    """The sums of each figure by scene, for paired comparisons: `scenes`, and arrays in their order."""
+    data = root.read("eval", evaluation, evaluate.MARKS)
+    assert data is not None
+    table = pq.read_table(io.BytesIO(data))
+    scenes = sorted(pc.unique(table["scene"]).to_pylist())
+    place, marks = {scene: i for i, scene in enumerate(scenes)}, {}
+    for figure in dict.fromkeys(table["figure"].to_pylist()):
+        part = table.filter(pc.field("figure") == figure)
+        at = np.array([place[scene] for scene in part["scene"].to_pylist()])
+        sums_2S = np.zeros((2, len(scenes)))
+        sums_2S[:, at] = part["numerator"].to_numpy(), part["denominator"].to_numpy()
+        marks[figure] = [[_short(value) for value in row] for row in sums_2S]
+    return {"scenes": scenes, "marks": marks}
+
+
+def _short(value: float) -> float | int:
+    return int(value) if value == int(value) else round(float(value), DIGITS)
