@@ -164,7 +164,7 @@ def _distance(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
             texts = _told_by_color(sight, *pair)
             first, second = (str(text) for text in rng.permutation(texts))
             prompt = f"Which is closer to the camera, {first} or {second}?"
-            yield Question("distance", "pair", prompt, texts[0], choices=(first, second))
+            yield Question("distance", "pair", prompt, texts[0], choices=(first, second), about=pair[:1])
 
 
 def _compare(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
@@ -174,16 +174,16 @@ def _compare(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
     if sides:
         a, b = sides[rng.integers(len(sides))]
         texts = [str(rng.choice(called[a])), str(rng.choice(called[b]))]
-        yield _yes_no(rng, "left", "Is {} to the left of {}?", texts)
+        yield _yes_no(rng, "left", "Is {} to the left of {}?", texts, (a, b))
     pair = _near_pair(sight, rng, ~np.eye(len(sight.objects), dtype=bool))
     if pair:
-        yield _yes_no(rng, "closer", "Is {} closer to the camera than {}?", _told_by_color(sight, *pair))
+        yield _yes_no(rng, "closer", "Is {} closer to the camera than {}?", _told_by_color(sight, *pair), pair)
 
 
-def _yes_no(rng: np.random.Generator, form: str, question: str, texts: list[str]) -> Question:
+def _yes_no(rng: np.random.Generator, form: str, question: str, texts: list[str], about: tuple[int, int]) -> Question:
     answer = bool(rng.integers(2))
     prompt = question.format(*(texts if answer else texts[::-1]))
-    return Question("yes_no", form, prompt, "Yes" if answer else "No", choices=("Yes", "No"))
+    return Question("yes_no", form, prompt, "Yes" if answer else "No", choices=("Yes", "No"), about=about)
 
 
 def _exists(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
@@ -196,7 +196,8 @@ def _exists(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
         return
     color, answer = (o.color, "Yes") if rng.integers(2) else (str(rng.choice(absent)), "No")
     prompt = f"Is there {_a(color)} {o.kind} in this room?"
-    yield Question("yes_no", "exists", prompt, answer, choices=("Yes", "No"))
+    meant = tuple(other.index for other in sight.objects if (other.kind, other.color) == (o.kind, color))
+    yield Question("yes_no", "exists", prompt, answer, choices=("Yes", "No"), about=meant)
 
 
 def _count(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
@@ -214,11 +215,14 @@ def _count(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
             answer = int(rng.choice(answers))
             words = str(rng.choice([w for w, n in counts.items() if n == answer]))
             choices = tuple(str(n) for n in answers)
-            yield Question("count", form, f"How many {words} objects are in this room?", str(answer), choices=choices)
+            prompt = f"How many {words} objects are in this room?"
+            counted = tuple(o.index for o in sight.objects if o.color in words.split())
+            yield Question("count", form, prompt, str(answer), choices=choices, about=counted)
 
 
-def _named_color(sight: Sight, rng: np.random.Generator) -> tuple[str, str] | None:
-    """A phrase without a colour that fits one object, and its colour: by chance that of the largest or most central."""
+def _named_color(sight: Sight, rng: np.random.Generator) -> tuple[str, str, int] | None:
+    """A phrase without a colour that fits one object, its colour, by chance that of the largest or most central, and
+    its index."""
     pool = [(text, i) for i, phrases in names(sight.objects).items() if sight.clear_O[i]
             for text in phrases if sight.objects[i].color not in text.split()]  # fmt: skip
     if not pool:
@@ -228,13 +232,17 @@ def _named_color(sight: Sight, rng: np.random.Generator) -> tuple[str, str] | No
     central = clear[np.hypot(*(sight.center_O2[clear] - 0.5).T).argmin()]
     same = [[float(sight.objects[i].color == sight.objects[j].color) for j in (largest, central)] for _, i in pool]
     chosen = draw(rng, np.array(same), np.full(2, 1 / len(COLORS)))
-    return None if chosen is None else (pool[chosen][0], sight.objects[pool[chosen][1]].color)
+    if chosen is None:
+        return None
+    phrase, index = pool[chosen]
+    return phrase, sight.objects[index].color, index
 
 
 def _color(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
     found = _named_color(sight, rng)
     if found:
-        yield Question("attribute", "color", f"What colour is {found[0]}?", found[1], choices=tuple(COLORS))
+        phrase, color, index = found
+        yield Question("attribute", "color", f"What colour is {phrase}?", color, choices=tuple(COLORS), about=(index,))
 
 
 def _choice(sight: Sight, rng: np.random.Generator) -> Iterator[Question]:
@@ -249,7 +257,7 @@ def _which_color(sight: Sight, rng: np.random.Generator) -> Question | None:
     if not found:
         return None
     others = rng.permutation([c for c in COLORS if c != found[1]])[:3]
-    return _options(rng, "color", f"What colour is {found[0]}?", found[1], [str(c) for c in others])
+    return _options(rng, "color", f"What colour is {found[0]}?", found[1], [str(c) for c in others], found[2:])
 
 
 def _which_exists(sight: Sight, rng: np.random.Generator) -> Question | None:
@@ -259,7 +267,7 @@ def _which_exists(sight: Sight, rng: np.random.Generator) -> Question | None:
     absent = [c for c in COLORS if all(c != other.color for other in sight.objects if other.kind == o.kind)]
     options = [f"{_a(str(c))} {o.kind}" for c in (o.color, *rng.permutation(absent)[:3])]
     return (
-        _options(rng, "exists", "Which of these is in this room?", options[0], options[1:])
+        _options(rng, "exists", "Which of these is in this room?", options[0], options[1:], (o.index,))
         if len(options) > 3
         else None
     )
@@ -276,17 +284,18 @@ def _which_place(sight: Sight, rng: np.random.Generator) -> Question | None:
     depth, side = ("farther away" if swapped else "closer"), ("left" if sight.left_OO[a, b] else "right")
     options = {(d, s): f"{d} and to the {s}" for d in ("closer", "farther away") for s in ("left", "right")}
     right = options.pop((depth, side))
-    return _options(
-        rng, "place", f"Seen from the camera, where is {first} compared with {second}?", right, [*options.values()]
-    )
+    asked = f"Seen from the camera, where is {first} compared with {second}?"
+    return _options(rng, "place", asked, right, [*options.values()], pair)
 
 
-def _options(rng: np.random.Generator, form: str, question: str, right: str, wrong: list[str]) -> Question:
+def _options(
+    rng: np.random.Generator, form: str, question: str, right: str, wrong: list[str], about: tuple[int, ...]
+) -> Question:
     order = rng.permutation(4)
     options = [[right, *wrong][i] for i in order]
     lines = [question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True)), INSTRUCTION]
     answer = LETTERS[int(np.flatnonzero(order == 0)[0])]
-    return Question("choice", form, "\n".join(lines), answer, choices=tuple(LETTERS))
+    return Question("choice", form, "\n".join(lines), answer, choices=tuple(LETTERS), about=about)
 
 
 def _a(word: str) -> str:

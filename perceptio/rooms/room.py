@@ -56,3 +56,4 @@ class Question:
     choices: tuple[str, ...] = ()  # the closed set of answers, where there is one
     points_xy: tuple[tuple[int, int], ...] = ()  # points: pixel positions, in letter order
     image_HW3: npt.NDArray[np.uint8] | None = None  # points: the room with the points drawn in
+    about: tuple[int, ...] = ()  # answered in words: the objects that the answer is read from

@@ -15,7 +15,7 @@ from perceptio.rooms.balance import balanced_weights
 from perceptio.rooms.expressions import expressions, look
 from perceptio.rooms.furniture import COLORS
 from perceptio.rooms.points import MARGIN, PROMPT, draw_points
-from perceptio.rooms.questions import FORMS, ask
+from perceptio.rooms.questions import FORMS, ask, ask_again
 from perceptio.rooms.render import render_room
 from perceptio.rooms.room import BACKGROUND, FLOOR, Question, Room, RoomObject
 from perceptio.rooms.solver import solve
@@ -51,6 +51,37 @@ def test_a_room_is_asked_the_same_questions_every_time() -> None:
     assert all(
         np.array_equal(a.image_HW3, b.image_HW3) for a, b in zip(first, again, strict=True) if a.image_HW3 is not None
     )
+
+
+def test_asked_again_there_are_more_questions_and_all_of_them_have_the_solvers_answer() -> None:
+    rooms = [render_room(6, i, SIZE) for i in range(12)]
+    more = [ask_again(room, 6) for room in rooms]
+    assert more == [ask_again(room, 6) for room in rooms]
+    prompts = [[q.prompt for q in found] for found in more]
+    assert all(len(set(own)) == len(own) for own in prompts)
+    assert sum(map(len, more)) > 2 * sum(len(ask(room)) for room in rooms)
+    assert {q.kind for found in more for q in found} == {"distance", "count", "attribute", "yes_no", "choice"}
+    for room, found in zip(rooms, more, strict=True):
+        for q in found:
+            assert solve(q.prompt, room) == q.answer, q.prompt
+
+
+def test_a_question_names_the_objects_that_its_answer_is_read_from(asked: Asked) -> None:
+    for room, questions in asked:
+        for q in questions:
+            meant = [room.objects[i] for i in q.about]
+            if q.kind == "attribute":
+                assert [o.color for o in meant] == [q.answer]
+            elif q.kind == "count":
+                assert len(meant) == int(q.answer)
+            elif q.form == "exists" and q.kind == "yes_no":
+                assert bool(meant) == (q.answer == "Yes")
+            elif q.kind == "distance":
+                assert len(meant) == 1 and meant[0].color in q.answer
+            elif q.kind in ("referring", "box", "points"):
+                assert not q.about, "objects and points say it"
+            else:
+                assert len(meant) in (1, 2)
 
 
 def test_expressions_of_a_painted_room_mean_what_they_say() -> None:

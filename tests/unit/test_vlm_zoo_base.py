@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, InternVLProcessor
 import perceptio.rooms
 from workflows.zoo.base import corpus, see, text_states
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
-from workflows.zoo.base_packs import IGNORED, LENGTH, Packer, pixels
+from workflows.zoo.base_packs import BOXES, FIRST_SHARES, IGNORED, LENGTH, Packer, pixels
 from workflows.zoo.base_rooms import DEPTH_GRID, EMPTY, GRID, PATCHES, TaughtRoom, cached_rooms, lettered, mirrored
 from workflows.zoo.base_score import first_figures, iou, parse_box
 
@@ -120,32 +120,66 @@ def test_model_takes_what_the_processor_gives(processor: InternVLProcessor) -> N
     assert sum(p.numel() for p in model.parameters()) < 4.5e6  # 9 MB in fp16
 
 
-def assert_in_place(cell_G8: npt.NDArray[np.float32], grid: int) -> None:
+def assert_in_place(cell_G9: npt.NDArray[np.float32], grid: int) -> None:
     """Cells name kind and colour together, and each lies in the box of the object that it shows."""
-    seen_G = cell_G8[:, 0] != EMPTY
-    assert len(cell_G8) == grid * grid and seen_G.any()
-    assert ((cell_G8[:, 1] != EMPTY) == seen_G).all()
+    seen_G = cell_G9[:, 0] != EMPTY
+    assert len(cell_G9) == grid * grid and seen_G.any()
+    assert ((cell_G9[:, 1] != EMPTY) == seen_G).all()
     row_G, column_G = np.divmod(np.arange(grid * grid), grid)
-    x0, y0, x1, y1 = (cell_G8[seen_G, k] * grid for k in range(2, 6))
+    x0, y0, x1, y1 = (cell_G9[seen_G, k] * grid for k in range(2, 6))
     assert ((x0 < column_G[seen_G] + 1) & (x1 > column_G[seen_G])).all()
     assert ((y0 < row_G[seen_G] + 1) & (y1 > row_G[seen_G])).all()
 
 
 def test_cells_name_objects_and_place_their_boxes(rooms: list[TaughtRoom]) -> None:
     for room in rooms:
-        for cell_G8, grid in ((room.token_G8, GRID), (room.patch_P8, PATCHES)):
-            assert_in_place(cell_G8, grid)
-            assert_in_place(mirrored(cell_G8), grid)
-            assert not np.array_equal(mirrored(cell_G8), cell_G8)
-            np.testing.assert_allclose(mirrored(mirrored(cell_G8)), cell_G8, atol=1e-6)
+        for cell_G9, grid in ((room.token_G9, GRID), (room.patch_P9, PATCHES)):
+            assert_in_place(cell_G9, grid)
+            assert_in_place(mirrored(cell_G9), grid)
+            assert not np.array_equal(mirrored(cell_G9), cell_G9)
+            np.testing.assert_allclose(mirrored(mirrored(cell_G9)), cell_G9, atol=1e-6)
 
 
 def test_one_cell_stands_for_each_object_that_can_be_seen(rooms: list[TaughtRoom]) -> None:
     for room in rooms:
-        chosen_G = room.token_G8[:, 7] == 1
-        shown, chosen = (np.unique(room.token_G8[at, :6], axis=0) for at in (room.token_G8[:, 0] != EMPTY, chosen_G))
+        chosen_G = room.token_G9[:, 7] == 1
+        shown, chosen = (np.unique(room.token_G9[at, :6], axis=0) for at in (room.token_G9[:, 0] != EMPTY, chosen_G))
         np.testing.assert_array_equal(shown, chosen)
         assert chosen_G.sum() >= len(chosen) >= 2
+
+
+def test_names_come_first(rooms: list[TaughtRoom], processor: InternVLProcessor) -> None:
+    packer = Packer(processor, rooms, np.random.default_rng(5))
+    packer.shares = FIRST_SHARES
+    asked = [turn for room in rooms for turn in packer._turns(room)]
+    assert {turn.kind for turn in asked} == {"name", "attribute"}
+    assert not any(word in turn.prompt for turn in asked for word in (" left", " right", " behind ", "camera"))
+    assert not any(packer._with_points(rooms[0])[2] for _ in range(20))
+
+
+def test_an_answer_is_read_from_the_patches_of_what_it_is_about(
+    rooms: list[TaughtRoom], processor: InternVLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each aim stands at the token before an answer, or at the one that opens a box, and shows these objects alone."""
+    monkeypatch.setattr("workflows.zoo.base_packs.POINTS_SHARE", 0.0)
+    packer = Packer(processor, rooms, np.random.default_rng(3))
+    room = rooms[0]
+    turns = {turn.prompt: turn for of_kind in room.turns.values() for turn in of_kind if turn.kind not in BOXES}
+    _, _, pack = packer._drawn(room)
+    checked = 0
+    for token, patches_P in pack.aims:
+        if processor.tokenizer.decode([pack.ids[token]]).strip() == "[[":
+            assert patches_P.any() or len(patches_P) == 0
+            continue
+        assert pack.labels[token] == IGNORED != pack.labels[token + 1]
+        text = processor.tokenizer.decode(
+            [i for i, n in zip(pack.ids, pack.turns, strict=True) if n == pack.turns[token]]
+        )
+        about = turns[text.split("<|im_end|>")[0]].about if pack.turns[token] else None
+        if about is not None:
+            assert set(room.patch_P9[patches_P, 8] - 1) <= set(about)
+            checked += 1
+    assert checked > 3
 
 
 def test_letters_are_where_points_are_drawn(rooms: list[TaughtRoom], processor: InternVLProcessor) -> None:
@@ -153,8 +187,8 @@ def test_letters_are_where_points_are_drawn(rooms: list[TaughtRoom], processor: 
     for points in room.points:
         letter_G2 = lettered(points)
         assert sorted(letter_G2[letter_G2[:, 0] > 0, 0]) == list(range(1, 1 + len(points.xy)))
-        _, _, answer = points.turn
-        assert letter_G2[letter_G2[:, 1].argmax(), 0] == 1 + "ABCDE".index(answer[1]), "the answer is the closest"
+        assert letter_G2[letter_G2[:, 1].argmax(), 0] == 1 + "ABCDE".index(points.turn.answer[1])
+        assert points.closest == points.xy["ABCDE".index(points.turn.answer[1])]
     packer = Packer(processor, [room], np.random.default_rng(0))
     images = [packer.looks(4) for _ in range(8)]
     assert any(batch.letter_BG2.any() for batch in images) and not all(b.letter_BG2.any(2).any(1).all() for b in images)
@@ -163,7 +197,7 @@ def test_letters_are_where_points_are_drawn(rooms: list[TaughtRoom], processor: 
 def test_the_depth_grid_is_two_digits_a_part_and_one_token_each(
     rooms: list[TaughtRoom], processor: InternVLProcessor
 ) -> None:
-    ((_, _, answer),) = rooms[0].turns["grid"]
+    ((_, _, answer, _),) = rooms[0].turns["grid"]
     ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
     assert len(ids) == DEPTH_GRID * DEPTH_GRID
     levels = [int(processor.tokenizer.decode([token])) for token in ids]

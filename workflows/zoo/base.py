@@ -34,7 +34,7 @@ from perceptio.rooms.points import LETTERS
 from perceptio.rooms.questions import FORMS
 from perceptio.vlm.backbone import load_backbone
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
-from workflows.zoo.base_packs import Batch, Packer
+from workflows.zoo.base_packs import FIRST_SHARES, KIND_SHARES, Batch, Packer
 from workflows.zoo.base_rooms import EMPTY, GRID, PATCHES, SIDE, TaughtRoom, cached_rooms
 from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 
@@ -43,8 +43,8 @@ SEED = 0
 THREADS = 2
 LOOK_IMAGES = 16  # a step
 LOOKS = ("kind", "color", "corner", "depth", "letter", "mark", "exact")
-BOX_OPENS = "[["
 AIM_BCE = 5.0
+FIRST_PART = 0.3  # of the minutes of learning to reason
 KNOTS, EXACT_STD, EXACT_WEIGHT = 17, 0.2, 5.0
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
@@ -55,33 +55,38 @@ class ExactTokens(nn.Module):
     """Image tokens made from what the cells show instead of from pixels; dropped after training.
 
     The text model learns to answer from these first, and the vision tower then learns to make them of pixels: both are
-    quickly learnt, where answering from tokens that do not yet show anything is not. Coordinates and inv_depth are
-    interpolated between few vectors, so that a doubtful one is close to its neighbours.
+    quickly learnt, where answering from tokens that do not yet show anything is not. Kind, colour and letter are the
+    text model's own words, each group turned by a matrix of its own, so that one lesson holds for all of a group.
+    Coordinates and inv_depth are interpolated between few vectors, so that a doubtful one is close to its neighbours.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
         super().__init__()
-        self.kind, self.color, self.letter, self.mark, self.place = (
-            nn.Embedding(n, width) for n in (1 + len(KINDS), 1 + len(COLORS), 1 + len(LETTERS), 2, GRID * GRID)
-        )
+        self.words = model.get_input_embeddings()
+        width = self.words.get_parameter("weight").shape[1]
+        kinds, colors, letters = [f" {w}" for w in KINDS], [f" {w}" for w in COLORS], list(LETTERS)
+        self.ids = [_word_ids(processor, words) for words in (kinds, colors, letters)]
+        self.turn_3DD = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(width, width)) for _ in self.ids]))
+        self.none_3D = nn.Parameter(torch.zeros(3, width))
+        self.mark, self.place = nn.Embedding(2, width), nn.Embedding(GRID * GRID, width)
         self.between_6ND = nn.Parameter(torch.zeros(6, KNOTS, width))  # four coordinates, inv_depth, that of a point
-        for table in self.parameters():
+        for table in (self.none_3D, self.mark.weight, self.place.weight, self.between_6ND):
             nn.init.normal_(table, std=EXACT_STD)
 
-    def forward(self, token_BG8: torch.Tensor, letter_BG2: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_BG9: torch.Tensor, letter_BG2: torch.Tensor) -> torch.Tensor:
         """[B, G, D]."""
-        kind_BG, color_BG = (token_BG8[..., i].long() for i in (0, 1))
-        seen_BG, lettered_BG = kind_BG != EMPTY, letter_BG2[..., 0] != EMPTY
-        value_BG6 = torch.cat([token_BG8[..., 2:7], letter_BG2[..., 1:]], -1)
+        named_BG3 = torch.cat([token_BG9[..., :2], letter_BG2[..., :1]], -1).long()
+        seen_BG, lettered_BG = named_BG3[..., 0] != EMPTY, named_BG3[..., 2] != EMPTY
+        value_BG6 = torch.cat([token_BG9[..., 2:7], letter_BG2[..., 1:]], -1)
         said_BG6 = torch.stack([*[seen_BG] * 4, torch.ones_like(seen_BG), lettered_BG], -1)
         tokens: torch.Tensor = (
-            self.kind(kind_BG)
-            + self.color(color_BG)
-            + self.letter(letter_BG2[..., 0].long())
-            + self.mark(token_BG8[..., 7].long())
+            self.mark(token_BG9[..., 7].long())
             + self.place.weight
             + torch.einsum("bgin,ind->bgd", _knots(value_BG6) * said_BG6[..., None], self.between_6ND)
         )
+        for i, ids in enumerate(self.ids):
+            table = torch.cat([self.none_3D[i : i + 1], F.normalize(self.words(ids), dim=-1) * 4 @ self.turn_3DD[i]])
+            tokens = tokens + F.embedding(named_BG3[..., i], table)
         return tokens
 
 
@@ -121,8 +126,8 @@ class CellHead(nn.Module):
             torch.cat([self.empty_3D[i : i + 1], self.words(ids)])
             for i, ids in enumerate((self.kind_ids, self.color_ids, self.letter_ids))
         )
-        seen_BG, lettered_BG = batch.token_BG8[..., 0] != EMPTY, batch.letter_BG2[..., 0] != EMPTY
-        hundredths_S4 = hundredths(batch.token_BG8[..., 2:6][seen_BG])
+        seen_BG, lettered_BG = batch.token_BG9[..., 0] != EMPTY, batch.letter_BG2[..., 0] != EMPTY
+        hundredths_S4 = hundredths(batch.token_BG9[..., 2:6][seen_BG])
         corner_S4D = torch.stack([corner_BGD[seen_BG] for corner_BGD in corner_4BGD], 1)
         corner_S4N = (corner_S4D @ self.words(self.number_ids).T).float()
         patch_kind, patch_color, patch_depth = self.patch(sight.patch_BPE).split([len(kinds_KD), len(colors_CD), 1], -1)
@@ -133,41 +138,33 @@ class CellHead(nn.Module):
         mark_BG = self.mark(sight.token_BGD)[..., 0].float()
         return torch.stack(
             [
-                _names(kind_BGD @ kinds_KD.T, batch.token_BG8[..., 0]) + _names(patch_kind, batch.patch_BP8[..., 0]),
-                _names(color_BGD @ colors_CD.T, batch.token_BG8[..., 1]) + _names(patch_color, batch.patch_BP8[..., 1]),
+                _names(kind_BGD @ kinds_KD.T, batch.token_BG9[..., 0]) + _names(patch_kind, batch.patch_BP9[..., 0]),
+                _names(color_BGD @ colors_CD.T, batch.token_BG9[..., 1]) + _names(patch_color, batch.patch_BP9[..., 1]),
                 F.cross_entropy(corner_S4N.flatten(0, 1), hundredths_S4.flatten()),
-                5 * _error(inv_depth_BG2[..., :1], batch.token_BG8)
-                + 5 * _error(patch_depth, batch.patch_BP8)
+                5 * _error(inv_depth_BG2[..., :1], batch.token_BG9)
+                + 5 * _error(patch_depth, batch.patch_BP9)
                 + (at_points if lettered_BG.any() else 0),
                 2 * _names(letter_BGD @ letters_LD.T, batch.letter_BG2[..., 0]),
-                2 * F.binary_cross_entropy_with_logits(mark_BG, batch.token_BG8[..., 7]),
+                2 * F.binary_cross_entropy_with_logits(mark_BG, batch.token_BG9[..., 7]),
             ]
         )
 
 
 class AimHead(nn.Module):
-    """Reads off the state behind a box's opening token which patches show the object asked for; dropped after training.
+    """Reads off the state before an answer which patches show what it is read from; dropped after training.
 
-    The box itself follows token by token; so that all of it is known where it opens, the state there is taught too.
+    Where to look is a richer lesson than one word of an answer, and comes first. For a box it is read behind the
+    opening token: that is where [SEG] will start.
     """
 
-    def __init__(self, model: InternVLForConditionalGeneration, processor: InternVLProcessor) -> None:
+    def __init__(self, model: InternVLForConditionalGeneration) -> None:
         super().__init__()
         self.read = nn.Linear(model.get_input_embeddings().get_parameter("weight").shape[1], PATCHES * PATCHES)
-        (self.opening_id,) = _word_ids(processor, [BOX_OPENS]).tolist()
-        self.number_ids = _word_ids(processor, [str(n) for n in range(100)])
 
     def loss(self, states_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[]: cross-entropy (times AIM_BCE) and Dice loss of the patches, mean over all boxes answered; or 0."""
-        pack_A, opening_A = (batch.labels_BT == self.opening_id).nonzero(as_tuple=True)
-        if len(pack_A) == 0:
-            return states_BTD.new_zeros(())
-        number_A4 = torch.stack([batch.ids_BT[pack_A, opening_A + 1 + 2 * i] for i in range(4)], 1)
-        hundredths_A4 = (number_A4[..., None] == self.number_ids).int().argmax(-1)
-        shown_AP8 = batch.patch_BP8[pack_A]
-        same_AP = (hundredths(shown_AP8[..., 2:6]) == hundredths_A4[:, None]).all(-1) & (shown_AP8[..., 0] != EMPTY)
-        logits_AP, target_AP = self.read(states_BTD[pack_A, opening_A]).float(), same_AP.float()
-        chance_AP = logits_AP.sigmoid()
+        """[]: cross-entropy (times AIM_BCE) and Dice loss of the patches, mean over all answers."""
+        logits_AP = self.read(states_BTD[batch.aim_pack_A, batch.aim_token_A]).float()
+        target_AP, chance_AP = batch.aim_AP.float(), logits_AP.sigmoid()
         dice_A = 1 - (2 * (chance_AP * target_AP).sum(1) + 1) / (chance_AP.sum(1) + target_AP.sum(1) + 1)
         loss: torch.Tensor = AIM_BCE * F.binary_cross_entropy_with_logits(logits_AP, target_AP) + dice_A.mean()
         return loss
@@ -265,17 +262,24 @@ def optimizers(parts: list[nn.Module], rate: float) -> list[torch.optim.Optimize
 def learn_to_reason(
     model: InternVLForConditionalGeneration, exact: ExactTokens, packer: Packer, minutes: float, rate: float, packs: int
 ) -> int:
-    """The number of steps in which the text model learnt to answer from exact tokens; in place."""
-    head = AimHead(model, packer.processor)
+    """The number of steps in which the text model learnt to answer from exact tokens; in place.
+
+    Names come first: where all kinds of questions are asked from the start, what words mean is found much later.
+    """
+    head = AimHead(model)
     parts = [model.model.language_model, exact, head]
 
     def loss() -> tuple[torch.Tensor, list[float]]:
         batch = packer.batch(packs)
-        states_BTD = text_states(model, exact(batch.token_BG8, batch.letter_BG2), batch)
+        states_BTD = text_states(model, exact(batch.token_BG9, batch.letter_BG2), batch)
         answers, aims = answer_loss(model, states_BTD, batch), head.loss(states_BTD, batch)
         return answers + aims, [answers.item(), aims.item()]
 
-    return _repeat(loss, ("answers", "aims"), optimizers(parts, rate), minutes, rate, lambda: None)
+    packer.shares = FIRST_SHARES
+    first = _repeat(loss, ("answers", "aims"), optimizers(parts, rate), FIRST_PART * minutes, rate, lambda: None)
+    packer.shares = KIND_SHARES
+    rest = (1 - FIRST_PART) * minutes
+    return first + _repeat(loss, ("answers", "aims"), optimizers(parts, rate), rest, rate, lambda: None)
 
 
 def learn_to_look(
@@ -289,7 +293,7 @@ def learn_to_look(
 
     def loss() -> tuple[torch.Tensor, list[float]]:
         batch = packer.looks(LOOK_IMAGES)
-        sight, wanted_BGD = see(model, batch), exact(batch.token_BG8, batch.letter_BG2)
+        sight, wanted_BGD = see(model, batch), exact(batch.token_BG9, batch.letter_BG2)
         missed = F.mse_loss(sight.token_BGD.float(), wanted_BGD) / wanted_BGD.var((0, 1)).mean()
         terms_7 = torch.cat([head.loss(sight, batch), EXACT_WEIGHT * missed[None]])
         return terms_7.sum(), terms_7.tolist()
@@ -304,7 +308,7 @@ def learn_to_answer(
 ) -> int:
     """The number of steps in which text model and projector learnt to answer from pixels; in place, saved at times."""
     model.model.vision_tower.requires_grad_(False)
-    head = AimHead(model, packer.processor)
+    head = AimHead(model)
 
     def loss() -> tuple[torch.Tensor, list[float]]:
         batch = packer.batch(packs)
@@ -361,10 +365,10 @@ def save(model: InternVLForConditionalGeneration, processor: InternVLProcessor, 
 def corpus(rooms: list[TaughtRoom]) -> Iterator[str]:
     """What the tokenizer is learnt from: chats, and the forms in which a mask will be asked for."""
     for n, room in enumerate(rooms):
-        for _, prompt, answer in (*itertools.chain(*room.turns.values()), *(points.turn for points in room.points)):
-            yield from ("user\n", prompt, "assistant\n", answer)
-        for _, prompt, _ in room.turns["box"][:1]:
-            yield FORMS[n % len(FORMS)].format(prompt.removeprefix("Where is ").rstrip("?"))
+        for turn in (*itertools.chain(*room.turns.values()), *(points.turn for points in room.points)):
+            yield from ("user\n", turn.prompt, "assistant\n", turn.answer)
+        for turn in room.turns.get("name", ())[:1]:
+            yield FORMS[n % len(FORMS)].format(turn.prompt.removeprefix("Where is ").rstrip("?"))
 
 
 def main() -> None:
@@ -399,7 +403,7 @@ def main() -> None:
         run: dict[str, float] = {"rooms": len(rooms), "rate": args.rate, "look_minutes": 0, "looks": 0}
         run |= {"reason_minutes": 0, "reasoned": 0}
         if not args.more:
-            exact = ExactTokens(model.get_input_embeddings().get_parameter("weight").shape[1])
+            exact = ExactTokens(model, processor)
             run["reason_minutes"], run["look_minutes"] = args.reason_minutes, args.look_minutes
             run["reasoned"] = args.packs * learn_to_reason(
                 model, exact, packer, args.reason_minutes, args.rate, args.packs

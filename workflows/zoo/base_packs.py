@@ -21,7 +21,7 @@ from transformers import InternVLProcessor
 
 from perceptio.rooms.points import draw_points
 from perceptio.rooms.questions import FORMS
-from workflows.zoo.base_rooms import TaughtRoom, Turn, lettered, mirrored
+from workflows.zoo.base_rooms import PATCHES, SIDE, Points, TaughtRoom, Turn, lettered, mirrored
 
 LENGTH = 320  # most tokens of a pack
 CHAT_SHARE = 0.2  # packs that are one chat; in all others each turn sees the image and itself alone
@@ -29,7 +29,8 @@ POINTS_SHARE = 0.35  # chance that a pack shows the points drawn in and opens wi
 FORM_SHARE, WHERE = 0.7, "Where is {}?"
 # How likely the next turn is of a kind; a kind that a room has no (more) turns of leaves its share to the others.
 KIND_SHARES = {
-    "box": 0.3,
+    "name": 0.15,  # a box of what is named by kind, colour and size; "box" are all others
+    "box": 0.15,
     "attribute": 0.15,
     "count": 0.15,
     "yes_no": 0.15,
@@ -37,6 +38,8 @@ KIND_SHARES = {
     "choice": 0.13,
     "grid": 0.02,
 }
+FIRST_SHARES = {"name": 0.5, "attribute": 0.5}  # what a word means comes before what is asked with it
+BOXES = ("name", "box")
 IGNORED = -100
 
 
@@ -49,9 +52,12 @@ class Batch:
     positions_BT: torch.Tensor
     sees_B1TT: torch.Tensor  # which positions (last axis) each position may attend to
     pixel_B3HW: torch.Tensor
-    token_BG8: torch.Tensor  # what each image token shows, and each patch; see base_rooms
-    patch_BP8: torch.Tensor
+    token_BG9: torch.Tensor  # what each image token shows, and each patch; see base_rooms
+    patch_BP9: torch.Tensor
     letter_BG2: torch.Tensor
+    aim_pack_A: torch.Tensor  # which pack, and which token of it, knows where to look
+    aim_token_A: torch.Tensor
+    aim_AP: torch.Tensor  # the patches there
 
 
 @dataclass
@@ -62,6 +68,7 @@ class Pack:
     labels: list[int]
     positions: list[int]
     turns: list[int]  # which turn each token belongs to
+    aims: list[tuple[int, npt.NDArray[np.bool_]]]  # a token, and the patches that show what the answer is read from
 
     def add(self, asked: list[int], said: list[int], turn: int, position: int) -> None:
         new = asked + said
@@ -78,6 +85,7 @@ class Packer:
         self.processor, self.rooms, self.rng = processor, rooms, rng
         self.order: list[int] = []
         self.tokens: dict[str, list[int]] = {}
+        self.shares = KIND_SHARES
         self.image_text = processor.replace_image_token({"num_patches": [1]}, 0)
 
     def batch(self, packs: int) -> Batch:
@@ -94,9 +102,12 @@ class Packer:
             _padded([p.positions for p in drawn], longest, 0),
             (same_BTT & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None],
             pixels(list(images), self.processor),
-            torch.from_numpy(np.stack([room.token_G8 for room in rooms])),
-            torch.from_numpy(np.stack([room.patch_P8 for room in rooms])),
+            torch.from_numpy(np.stack([room.token_G9 for room in rooms])),
+            torch.from_numpy(np.stack([room.patch_P9 for room in rooms])),
             torch.from_numpy(np.stack(letters)),
+            torch.tensor([b for b, pack in enumerate(drawn) for _ in pack.aims], dtype=torch.long),
+            torch.tensor([t for pack in drawn for t, _ in pack.aims], dtype=torch.long),
+            torch.from_numpy(np.array([patches for p in drawn for _, patches in p.aims]).reshape(-1, PATCHES**2)),
         )
 
     def looks(self, count: int) -> Batch:
@@ -105,50 +116,56 @@ class Packer:
         images, letters, cells = [], [], []
         for room in rooms:
             image, letter, _ = self._with_points(room)
-            cell = (room.token_G8, room.patch_P8)
+            cell = (room.token_G9, room.patch_P9)
             if not letter.any() and self.rng.random() < 0.5:
                 image, cell = image[:, ::-1], (mirrored(cell[0]), mirrored(cell[1]))
             images.append(image)
             letters.append(letter)
             cells.append(cell)
-        token_BG8, patch_BP8 = (torch.from_numpy(np.stack(grids)) for grids in zip(*cells, strict=True))
+        token_BG9, patch_BP9 = (torch.from_numpy(np.stack(grids)) for grids in zip(*cells, strict=True))
         none = torch.zeros(count, 0).long()
         pixel_B3HW, letter_BG2 = pixels(images, self.processor), torch.from_numpy(np.stack(letters))
-        return Batch(none, none, none, none, pixel_B3HW, token_BG8, patch_BP8, letter_BG2)
+        return Batch(none, none, none, none, pixel_B3HW, token_BG9, patch_BP9, letter_BG2, none, none, none)
 
     def _next_room(self) -> TaughtRoom:
         if not self.order:
             self.order = self.rng.permutation(len(self.rooms)).tolist()
         return self.rooms[self.order.pop()]
 
-    def _with_points(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], list[Turn]]:
-        """The room's image, now and then with points drawn in; what `lettered` says of them; and their question."""
+    def _with_points(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], list[Points]]:
+        """The room's image, now and then with points drawn in, what `lettered` says of them, and these points."""
         image_HW3 = np.asarray(Image.open(io.BytesIO(room.image)).convert("RGB"))
-        if not room.points or self.rng.random() >= POINTS_SHARE:
-            return image_HW3, np.zeros((len(room.token_G8), 2), np.float32), []
+        if self.shares is FIRST_SHARES or not room.points or self.rng.random() >= POINTS_SHARE:
+            return image_HW3, np.zeros((len(room.token_G9), 2), np.float32), []
         points = room.points[self.rng.integers(len(room.points))]
-        return draw_points(image_HW3, points.xy), lettered(points), [points.turn]
+        return draw_points(image_HW3, points.xy), lettered(points), [points]
 
     def _drawn(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], Pack]:
         """The image, its letters and the tokens of one pack."""
-        image_HW3, letter_G2, first = self._with_points(room)
-        pack, chat = Pack([], [], [], []), self.rng.random() < CHAT_SHARE
+        image_HW3, letter_G2, drawn = self._with_points(room)
+        pack, chat = Pack([], [], [], [], []), self.rng.random() < CHAT_SHARE
         pack.add(self._encode(f"<|im_start|>user\n{self.image_text}\n"), [], 0, 0)
         shared = len(pack.ids)
-        for n, (_, prompt, answer) in enumerate(itertools.chain(first, self._turns(room))):
+        aims = [(points.turn, _around(points.closest)) for points in drawn]
+        others = ((turn, np.isin(room.patch_P9[:, 8] - 1, turn.about)) for turn in self._turns(room))
+        for n, (turn, patches_P) in enumerate(itertools.chain(aims, others)):
             opening = "\n<|im_start|>user\n" if chat and n else ""
-            asked = self._encode(f"{opening}{prompt}<|im_end|>\n<|im_start|>assistant\n")
-            said = self._encode(f"{answer}<|im_end|>")
+            asked = self._encode(f"{opening}{turn.prompt}<|im_end|>\n<|im_start|>assistant\n")
+            said = self._encode(f"{turn.answer}<|im_end|>")
             if len(pack.ids) + len(asked) + len(said) > LENGTH:
                 break
+            if turn.kind != "grid":  # a box's opening token is where [SEG] will stand
+                pack.aims.append((len(pack.ids) + len(asked) - (turn.kind != "box"), patches_P))
             pack.add(asked, said, 0 if chat else 1 + n, len(pack.ids) if chat else shared)
         return image_HW3, letter_G2, pack
 
     def _turns(self, room: TaughtRoom) -> Iterator[Turn]:
-        """The turns of a room in random order, kinds by KIND_SHARES."""
-        left = {kind: self.rng.permutation(len(turns)).tolist() for kind, turns in room.turns.items() if turns}
+        """The turns of a room in random order, kinds by `shares`."""
+        left = {
+            kind: self.rng.permutation(len(room.turns[kind])).tolist() for kind in self.shares if kind in room.turns
+        }
         while left:
-            shares = np.array([KIND_SHARES[kind] for kind in left])
+            shares = np.array([self.shares[kind] for kind in left])
             kind = list(left)[self.rng.choice(len(left), p=shares / shares.sum())]
             yield self._rephrased(room.turns[kind][left[kind].pop()])
             if not left[kind]:
@@ -156,16 +173,22 @@ class Packer:
 
     def _rephrased(self, turn: Turn) -> Turn:
         """A turn; a box question most often in one of the forms in which a mask will be asked for later."""
-        kind, prompt, answer = turn
-        if kind != "box":
+        if turn.kind not in BOXES:
             return turn
         form = FORMS[self.rng.integers(len(FORMS))] if self.rng.random() < FORM_SHARE else WHERE
-        return kind, form.format(prompt.removeprefix("Where is ").removesuffix("?")), answer
+        return turn._replace(prompt=form.format(turn.prompt.removeprefix("Where is ").removesuffix("?")))
 
     def _encode(self, text: str) -> list[int]:
         if text not in self.tokens:
             self.tokens[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return self.tokens[text]
+
+
+def _around(xy: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """[P]: the patches less than one and a half away from the one at a pixel."""
+    row_P, column_P = np.divmod(np.arange(PATCHES**2), PATCHES)
+    x, y = (v * PATCHES // SIDE for v in xy)
+    return np.asarray((abs(row_P - y) < 2) & (abs(column_P - x) < 2))
 
 
 def _padded(rows: list[list[int]], length: int, pad: int) -> torch.Tensor:

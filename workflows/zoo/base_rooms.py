@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,17 @@ ROOMS_A_FILE = 250
 MOST_BOXES = 24  # box questions kept of a room
 DRAWS, POINT_DRAWS = 12, 4  # of the questions answered in words, and of those about points
 SEEN_SHARE = 0.1  # of a cell that an object must fill to be its content
+NAMED = ("attribute", "size")  # constructions that say what an object is, and not where
 EMPTY = 0  # kind and colour of a cell without an object
 
-Turn = tuple[str, str, str]  # kind, prompt, answer
+
+class Turn(NamedTuple):
+    """A question and its answer."""
+
+    kind: str
+    prompt: str
+    answer: str
+    about: tuple[int, ...] = ()  # the objects that the answer is read from
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class Points:
     turn: Turn
     inv_depth: tuple[float, ...]  # at each point
 
+    @property
+    def closest(self) -> tuple[int, int]:
+        """Where the point lies that is the answer."""
+        return self.xy[int(np.argmax(self.inv_depth))]
+
 
 @dataclass(frozen=True)
 class TaughtRoom:
@@ -56,8 +70,8 @@ class TaughtRoom:
     image: bytes  # PNG
     turns: dict[str, tuple[Turn, ...]]  # by kind; all but points
     points: tuple[Points, ...]
-    token_G8: npt.NDArray[np.float32]  # what each image token shows; see _cells
-    patch_P8: npt.NDArray[np.float32]  # what each patch shows
+    token_G9: npt.NDArray[np.float32]  # what each image token shows; see _cells
+    patch_P9: npt.NDArray[np.float32]  # what each patch shows
 
 
 def cached_rooms(folder: Path, seed: int, count: int) -> Iterator[TaughtRoom]:
@@ -92,7 +106,12 @@ def all_boxes(sight: Sight, rng: np.random.Generator) -> list[Turn]:
     share = np.array(weight) / sum(weight)
     count = min(MOST_BOXES, len(found))
     chosen: list[int] = rng.choice(len(found), count, replace=False, p=share).tolist() if found else []
-    return [("box", f"Where is {found[i].text}?", box_answer(sight.box_O4[found[i].target])) for i in chosen]
+    return [
+        Turn(
+            "name" if e.form in NAMED else "box", f"Where is {e.text}?", box_answer(sight.box_O4[e.target]), (e.target,)
+        )
+        for e in (found[i] for i in chosen)
+    ]
 
 
 def png(rgb_HW3: npt.NDArray[np.uint8]) -> bytes:
@@ -104,17 +123,19 @@ def png(rgb_HW3: npt.NDArray[np.uint8]) -> bytes:
 
 def _row(room: Room) -> dict[str, object]:
     sight = look(room)
-    turns: dict[str, list[Turn]] = {"box": all_boxes(sight, np.random.default_rng([room.seed, room.index, SIDE]))}
+    turns: dict[str, list[Turn]] = {}
+    for turn in all_boxes(sight, np.random.default_rng([room.seed, room.index, SIDE])):
+        turns.setdefault(turn.kind, []).append(turn)
     for q in (*ask(room), *ask_again(room, DRAWS)):
         if q.kind not in ("points", "referring"):
-            turns.setdefault(q.kind, []).append((q.kind, q.prompt, q.answer))
+            turns.setdefault(q.kind, []).append(Turn(q.kind, q.prompt, q.answer, q.about or q.objects))
     turns["grid"] = [depth_turn(room)]
     inv_depth_HW = _inv_depth(room)
     rng = np.random.default_rng([room.seed, room.index, SIDE, 1])
     points = [
         {
             "xy": q.points_xy,
-            "turn": (q.kind, q.prompt, q.answer),
+            "turn": Turn(q.kind, q.prompt, q.answer),
             "inv_depth": [float(inv_depth_HW[y, x]) for x, y in q.points_xy],
         }
         for _ in range(POINT_DRAWS)
@@ -133,11 +154,16 @@ def _taught(row: dict[str, object]) -> TaughtRoom:
     turns, points = json.loads(str(row["turns"])), json.loads(str(row["points"]))
     return TaughtRoom(
         row["image"],  # type: ignore[arg-type]
-        {kind: tuple((k, prompt, answer) for k, prompt, answer in of_kind) for kind, of_kind in turns.items()},
-        tuple(Points(tuple((x, y) for x, y in p["xy"]), tuple(p["turn"]), tuple(p["inv_depth"])) for p in points),
-        np.array(row["tokens"], np.float32).reshape(-1, 8),
-        np.array(row["patches"], np.float32).reshape(-1, 8),
+        {kind: tuple(_turn(values) for values in of_kind) for kind, of_kind in turns.items()},
+        tuple(Points(tuple((x, y) for x, y in p["xy"]), _turn(p["turn"]), tuple(p["inv_depth"])) for p in points),
+        np.array(row["tokens"], np.float32).reshape(-1, 9),
+        np.array(row["patches"], np.float32).reshape(-1, 9),
     )
+
+
+def _turn(values: list[Any]) -> Turn:
+    kind, prompt, answer, about = values
+    return Turn(kind, prompt, answer, tuple(about))
 
 
 def lettered(points: Points) -> npt.NDArray[np.float32]:
@@ -148,12 +174,12 @@ def lettered(points: Points) -> npt.NDArray[np.float32]:
     return letter_G2
 
 
-def mirrored(cell_G8: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def mirrored(cell_G9: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """What the cells show when the image is turned left to right."""
-    side = math.isqrt(len(cell_G8))
-    turned_G8 = cell_G8.reshape(side, side, 8)[:, ::-1].reshape(-1, 8).copy()
-    turned_G8[:, [2, 4]] = np.where(turned_G8[:, :1] > EMPTY, 1 - turned_G8[:, [4, 2]], 0)
-    return turned_G8
+    side = math.isqrt(len(cell_G9))
+    turned_G9 = cell_G9.reshape(side, side, 9)[:, ::-1].reshape(-1, 9).copy()
+    turned_G9[:, [2, 4]] = np.where(turned_G9[:, :1] > EMPTY, 1 - turned_G9[:, [4, 2]], 0)
+    return turned_G9
 
 
 def depth_turn(room: Room) -> Turn:
@@ -163,7 +189,8 @@ def depth_turn(room: Room) -> Turn:
     mean_NN = np.add.reduceat(np.add.reduceat(_inv_depth(room), edges, 0), edges, 1)
     mean_NN /= np.outer(*[np.diff([*edges, SIDE])] * 2)
     levels = np.clip(100 * mean_NN, 0, 99).astype(int)
-    return "grid", f"How close is each of {DEPTH_GRID} x {DEPTH_GRID} parts?", "".join(f"{n:02d}" for n in levels.flat)
+    digits = "".join(f"{n:02d}" for n in levels.flat)
+    return Turn("grid", f"How close is each of {DEPTH_GRID} x {DEPTH_GRID} parts?", digits)
 
 
 def _inv_depth(room: Room) -> npt.NDArray[np.floating]:
@@ -173,10 +200,11 @@ def _inv_depth(room: Room) -> npt.NDArray[np.floating]:
 
 
 def _cells(room: Room, sight: Sight, grid: int) -> npt.NDArray[np.float32]:
-    """What most of each cell of a grid shows, [grid * grid, 8], or EMPTY where no object fills enough of it.
+    """What most of each cell of a grid shows, [grid * grid, 9], or EMPTY where no object fills enough of it.
 
     1 + index in KINDS, 1 + index in COLORS, box of the object (x0, y0, x1, y1) in [0, 1], mean inv_depth of the cell,
-    and 1 in the one cell of each object that stands for it: the nearest to its middle of those that show it.
+    1 in the one cell of each object that stands for it (the nearest to its middle of those that show it), and 1 + the
+    object's index.
     """
     count, step = len(room.objects), SIDE // grid
     instance_GP = room.instance_HW.reshape(grid, step, grid, step).swapaxes(1, 2).reshape(grid * grid, -1)
@@ -193,4 +221,5 @@ def _cells(room: Room, sight: Sight, grid: int) -> npt.NDArray[np.float32]:
         own = np.flatnonzero(seen_G1[:, 0] & (object_G == i))
         if len(own):
             chosen_G[own[np.hypot(*(middle_G2[own] - sight.center_O2[i]).T).argmin()]] = 1
-    return np.concatenate([shown_G6, inv_depth_G[:, None], chosen_G[:, None]], 1).astype(np.float32)
+    index_G1 = np.where(seen_G1, 1 + object_G[:, None], EMPTY)
+    return np.concatenate([shown_G6, inv_depth_G[:, None], chosen_G[:, None], index_G1], 1).astype(np.float32)

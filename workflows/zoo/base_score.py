@@ -144,7 +144,10 @@ def write_card(out: Path, figures: Figures, runs: list[dict[str, float]]) -> Non
         f"| {f['constant']:.3f} | {f['image_removed']:.3f} | [{f['gain_low']:+.3f}, {f['gain_high']:+.3f}] |"
         for kind, f in figures.items()
     ]
-    total = {key: sum(run[key] for run in runs) for key in ("look_minutes", "looks", "minutes", "packs")}
+    total = {
+        key: sum(run[key] for run in runs)
+        for key in ("reason_minutes", "reasoned", "look_minutes", "looks", "minutes", "packs")
+    }
     model, processor = load_backbone(out, dtype=torch.float32)
     parts = {"parameters": sum(p.numel() for p in model.parameters()) / 1e6, "tokens": len(processor.tokenizer)}
     again = f" and {len(runs) - 1} time(s) `--more`" if len(runs) > 1 else ""
@@ -202,19 +205,22 @@ library_name: transformers
 `InternVLForConditionalGeneration` (transformers' own class), trained from nothing on rooms that the project renders.
 It answers questions in text and knows no spatial tokens: it is what room-scale runs start from, in the place that
 InternVL2.5 takes at full size. {parameters:.2f} M parameters, stored in fp16: a vision tower of 5 layers on 16 x 16
-patches of a {side}-pixel image, 64 image tokens by pixel shuffle, and a Qwen2 of 4 layers with tied embeddings and a
+patches of a {side}-pixel image, 64 image tokens by pixel shuffle, and a Qwen2 of 6 layers with tied embeddings and a
 byte-level BPE vocabulary of {tokens} tokens in which each number of one or two digits is one.
 
     python -m workflows.zoo.base --out perceptio/rooms/zoo/base
 
-That command{again} learnt from {rooms} rooms, on one CPU thread. For {look_minutes:.0f} minutes of processor time it
-looked at {looks:,} images: a head, no part of the model, read kind, colour, box and depth of each patch and each image
-token against exact labels, in the text model's own word and number embeddings. Then, with the vision tower frozen, it
-learnt to answer for {minutes:.0f} minutes, from {packs:,} images with many questions each: count, attribute, yes/no,
-distance, choice and points questions; `Where is EXPRESSION?`, or a form in which a mask will be asked for later, ->
-`[[x0, y0, x1, y1]]` in hundredths of the image's side; and how close each part of a 6 x 6 grid is (not scored here).
-Behind `[[` another head, no part of the model either, read which patches show the object, so that all of a box is known
-where it opens: that is where [SEG] will start. `card.json` has the runs one by one.
+That command{again} learnt from {rooms} rooms, on two CPU threads, in three parts whose minutes are of processor time.
+First the text model learnt to answer ({reason_minutes:.0f} minutes, {reasoned:,} images with many questions each) from
+exact image tokens, which a table makes of what each cell shows: kind, colour, box, inverse depth, letter. Then the
+vision tower learnt to make these tokens of pixels ({look_minutes:.0f} minutes, {looks:,} images), while a head, no part
+of the model, read the same from them in the text model's own word and number embeddings. Last, with the vision tower
+frozen, both were joined ({minutes:.0f} minutes, {packs:,} images). The questions: count, attribute, yes/no, distance,
+choice and points; `Where is EXPRESSION?`, or a form in which a mask will be asked for later, -> `[[x0, y0, x1, y1]]` in
+hundredths of the image's side; and how close each part of a 6 x 6 grid is (not scored here). A question sees the image
+and no other question, so that none is answered from another's words. Behind `[[` another head, no part of the model
+either, read which patches show the object, so that all of a box is known where it opens: that is where [SEG] will
+start. `card.json` has the runs one by one.
 
 ## Held-out rooms (seed {seed})
 
