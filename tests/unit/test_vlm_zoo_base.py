@@ -162,23 +162,21 @@ def test_an_answer_is_read_from_the_patches_of_what_it_is_about(
 ) -> None:
     """Each aim stands at the token before an answer, or at the one that opens a box, and shows these objects alone."""
     monkeypatch.setattr("workflows.zoo.base_packs.POINTS_SHARE", 0.0)
+    monkeypatch.setattr("workflows.zoo.base_packs.CHAT_SHARE", 0.0)
     packer = Packer(processor, rooms, np.random.default_rng(3))
     room = rooms[0]
     turns = {turn.prompt: turn for of_kind in room.turns.values() for turn in of_kind if turn.kind not in BOXES}
     _, _, pack = packer._drawn(room)
     checked = 0
     for token, patches_P in pack.aims:
-        if processor.tokenizer.decode([pack.ids[token]]).strip() == "[[":
-            assert patches_P.any() or len(patches_P) == 0
+        own = [i for i, n in zip(pack.ids, pack.turns, strict=True) if n == pack.turns[token] > 0]
+        turn = turns.get(processor.tokenizer.decode(own).split("<|im_end|>")[0])
+        if turn is None:  # a box
             continue
         assert pack.labels[token] == IGNORED != pack.labels[token + 1]
-        text = processor.tokenizer.decode(
-            [i for i, n in zip(pack.ids, pack.turns, strict=True) if n == pack.turns[token]]
-        )
-        about = turns[text.split("<|im_end|>")[0]].about if pack.turns[token] else None
-        if about is not None:
-            assert set(room.patch_P9[patches_P, 8] - 1) <= set(about)
-            checked += 1
+        assert set(room.patch_P9[patches_P, 8] - 1) <= set(turn.about)
+        assert patches_P.any() or not turn.about or turn.kind != "attribute"
+        checked += 1
     assert checked > 3
 
 
