@@ -2,10 +2,11 @@
 
     python -m workflows.zoo.base --out perceptio/rooms/zoo/base
 
-Reads nothing, needs one CPU thread and about 3 GB. Renders rooms of TRAIN_SEED into a cache, teaches the vision tower
-what each cell shows, then, with that tower frozen, the text model to answer: several questions about one image in one
-chat, loss on answers, and on what a head reads where a box opens. Writes a model folder (fp16 safetensors, tokenizer,
-processor), `card.json`, `README.md`.
+Reads nothing, needs two CPU threads and about 7 GB. Renders rooms of TRAIN_SEED into a cache; teaches the text model to
+answer from exact image tokens, names first; then the vision tower to make these tokens of pixels; then, with that tower
+frozen, both together. Many questions about one image in a pack, each blind to the others; loss on answers, and on which
+patches a head finds each answer read from. Writes a model folder (fp16 safetensors, tokenizer, processor), `card.json`,
+`README.md`.
 
 Shape legend: B packs; T tokens; H, W pixels; G cells of the image grid; P patches; A answers that are boxes; D width
 of the text model; S cells that show an object; K kinds; C colours; N numbers.

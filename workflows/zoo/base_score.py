@@ -145,7 +145,7 @@ def write_card(out: Path, figures: Figures, runs: list[dict[str, float]]) -> Non
         for kind, f in figures.items()
     ]
     total = {
-        key: sum(run[key] for run in runs)
+        key: sum(run.get(key, 0) for run in runs)
         for key in ("reason_minutes", "reasoned", "look_minutes", "looks", "minutes", "packs")
     }
     model, processor = load_backbone(out, dtype=torch.float32)
