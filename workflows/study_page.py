@@ -171,10 +171,11 @@ def _sums(runs: Sequence[Run], figure: str) -> Sums:
 
 def _shared(a: Sums, b: Sums) -> tuple[Sums, Sums]:
     """Both over the scenes that both have."""
-    scenes = [scene for scene in a.images if scene in set(b.images)]
+    scenes = sorted({*a.images} & {*b.images}, key=str)
 
     def part(of: Sums) -> Sums:
-        at = [of.images.index(scene) for scene in scenes]
+        place = {scene: i for i, scene in enumerate(of.images)}
+        at = [place[scene] for scene in scenes]
         return Sums(of.numerator_I[at], of.denominator_I[at], tuple(scenes))
 
     return part(a), part(b)
