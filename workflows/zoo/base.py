@@ -20,6 +20,7 @@ import json
 import math
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +32,21 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, InternVLProcessor
 
 from perceptio.rooms.questions import FORMS
+from perceptio.train.optim import computes_bf16
 from perceptio.vlm.backbone import load_backbone
 from workflows.zoo.base_heads import AimHead, CellHead, ExactTokens, Sight
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
-from workflows.zoo.base_packs import FIRST_SHARES, KIND_SHARES, Batch, Packer
+from workflows.zoo.base_packs import ANSWERED, FIRST_SHARES, KIND_SHARES, Batch, Packer
 from workflows.zoo.base_rooms import TaughtRoom, cached_rooms
 from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
+from workflows.zoo.muon import Muon
 
 TRAIN_SEED = 102
 SEED = 0
 THREADS = 2
 LOOK_IMAGES = 16  # a step
 LOOKS = ("kind", "color", "corner", "depth", "letter", "mark", "exact")
-FIRST_PART = 0.3  # of the minutes of learning to reason
+FIRST_PART = 0.25  # of the minutes of learning to reason
 EXACT_WEIGHT = 5.0
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
@@ -89,11 +92,22 @@ def text_states(model: InternVLForConditionalGeneration, image_BGD: torch.Tensor
     return states
 
 
-def answer_loss(model: InternVLForConditionalGeneration, states_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the tokens of all answers."""
+def answer_loss(
+    model: InternVLForConditionalGeneration, image_BGD: torch.Tensor, batch: Batch, head: AimHead
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross-entropy of answers plus the head's loss, and both by name: the former by kind of question.
+
+    An answer counts once, however long: else boxes, of eleven tokens each, drown the single words.
+    """
+    states_BTD = text_states(model, image_BGD, batch)
     taught_BT = batch.labels_BT[:, 1:] >= 0
-    logits = model.lm_head(states_BTD[:, :-1][taught_BT]).float()
-    return F.cross_entropy(logits, batch.labels_BT[:, 1:][taught_BT])
+    share_N, kind_N = batch.share_BT[:, 1:][taught_BT], batch.kind_BT[:, 1:][taught_BT]
+    logits_NV = model.lm_head(states_BTD[:, :-1][taught_BT]).float()
+    loss_N = share_N * F.cross_entropy(logits_NV, batch.labels_BT[:, 1:][taught_BT], reduction="none")
+    aims = head.loss(states_BTD, batch)
+    sum_K, answers_K = (torch.bincount(kind_N, v.detach(), len(ANSWERED)) for v in (loss_N, share_N))
+    terms = {kind: (sum_K[k] / answers_K[k]).item() for k, kind in enumerate(ANSWERED) if answers_K[k]}
+    return loss_N.sum() / share_N.sum() + aims, terms | {"aims": aims.item()}
 
 
 def optimizers(parts: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
@@ -103,7 +117,7 @@ def optimizers(parts: list[nn.Module], rate: float) -> list[torch.optim.Optimize
     chosen = {id(p) for p in matrices}
     rest = [p for key, (_, p) in named.items() if key not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=rate, weight_decay=WEIGHT_DECAY),
         torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
     ]
 
@@ -118,17 +132,14 @@ def learn_to_reason(
     head = AimHead(model)
     parts = [model.model.language_model, exact, head]
 
-    def loss() -> tuple[torch.Tensor, list[float]]:
+    def loss() -> tuple[torch.Tensor, dict[str, float]]:
         batch = packer.batch(packs)
-        states_BTD = text_states(model, exact(batch.token_BG9, batch.letter_BG2), batch)
-        answers, aims = answer_loss(model, states_BTD, batch), head.loss(states_BTD, batch)
-        return answers + aims, [answers.item(), aims.item()]
+        return answer_loss(model, exact(batch.token_BG9, batch.letter_BG2), batch, head)
 
     packer.shares = FIRST_SHARES
-    first = _repeat(loss, ("answers", "aims"), optimizers(parts, rate), FIRST_PART * minutes, rate, lambda: None)
+    first = _repeat(loss, optimizers(parts, rate), FIRST_PART * minutes, rate, lambda: None)
     packer.shares = KIND_SHARES
-    rest = (1 - FIRST_PART) * minutes
-    return first + _repeat(loss, ("answers", "aims"), optimizers(parts, rate), rest, rate, lambda: None)
+    return first + _repeat(loss, optimizers(parts, rate), (1 - FIRST_PART) * minutes, rate, lambda: None)
 
 
 def learn_to_look(
@@ -140,14 +151,14 @@ def learn_to_look(
     head.words.requires_grad_(False)
     parts = [model.model.vision_tower, model.model.multi_modal_projector, head]
 
-    def loss() -> tuple[torch.Tensor, list[float]]:
+    def loss() -> tuple[torch.Tensor, dict[str, float]]:
         batch = packer.looks(LOOK_IMAGES)
         sight, wanted_BGD = see(model, batch), exact(batch.token_BG9, batch.letter_BG2)
         missed = F.mse_loss(sight.token_BGD.float(), wanted_BGD) / wanted_BGD.var((0, 1)).mean()
         terms_7 = torch.cat([head.loss(sight, batch), EXACT_WEIGHT * missed[None]])
-        return terms_7.sum(), terms_7.tolist()
+        return terms_7.sum(), dict(zip(LOOKS, terms_7.tolist(), strict=True))
 
-    steps = _repeat(loss, LOOKS, optimizers(parts, rate), minutes, rate, lambda: None)
+    steps = _repeat(loss, optimizers(parts, rate), minutes, rate, lambda: None)
     head.words.requires_grad_(True)
     return steps
 
@@ -159,19 +170,16 @@ def learn_to_answer(
     model.model.vision_tower.requires_grad_(False)
     head = AimHead(model)
 
-    def loss() -> tuple[torch.Tensor, list[float]]:
+    def loss() -> tuple[torch.Tensor, dict[str, float]]:
         batch = packer.batch(packs)
-        states_BTD = text_states(model, see(model, batch).token_BGD, batch)
-        answers, aims = answer_loss(model, states_BTD, batch), head.loss(states_BTD, batch)
-        return answers + aims, [answers.item(), aims.item()]
+        return answer_loss(model, see(model, batch).token_BGD, batch, head)
 
     groups = optimizers([model, head], rate)
-    return _repeat(loss, ("answers", "aims"), groups, minutes, rate, lambda: save(model, packer.processor, out))
+    return _repeat(loss, groups, minutes, rate, lambda: save(model, packer.processor, out))
 
 
 def _repeat(
-    loss: Callable[[], tuple[torch.Tensor, list[float]]],
-    terms: tuple[str, ...],
+    loss: Callable[[], tuple[torch.Tensor, dict[str, float]]],
     groups: list[torch.optim.Optimizer],
     minutes: float,
     rate: float,
@@ -180,9 +188,10 @@ def _repeat(
     """Optimizer steps for so many minutes of processor time; the number of them."""
     parameters = [p for group in groups for g in group.param_groups for p in g["params"]]
     clock, step, reported, saved = Clock(minutes * 60, time.process_time()), 0, 0.0, time.monotonic()
-    recent: list[list[float]] = []
+    recent: dict[str, list[float]] = defaultdict(list)
+    bf16 = computes_bf16(torch.device("cpu"))
     while clock.passed < 1:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             value, found = loss()
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -192,11 +201,13 @@ def _repeat(
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        recent.append(found)
+        for name, term in found.items():
+            recent[name].append(term)
         if time.monotonic() - reported > REPORT_SECONDS:
-            means = " ".join(f"{name} {mean:.3f}" for name, mean in zip(terms, np.mean(recent, 0), strict=True))
+            means = " ".join(f"{name} {np.mean(terms):.3f}" for name, terms in recent.items())
             print(f"step {step}, {clock.passed:.1%}: {means}", flush=True)
-            recent, reported = [], time.monotonic()
+            recent.clear()
+            reported = time.monotonic()
         if time.monotonic() - saved > SAVE_SECONDS:
             keep()
             saved = time.monotonic()
@@ -224,13 +235,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--reason-minutes", type=float, default=18, help="of answering from exact tokens, processor time"
+        "--reason-minutes", type=float, default=40, help="of answering from exact tokens, processor time"
     )
-    parser.add_argument("--look-minutes", type=float, default=16, help="of learning to look, in processor time")
-    parser.add_argument("--minutes", type=float, default=14, help="of answering from pixels, in processor time")
+    parser.add_argument("--look-minutes", type=float, default=20, help="of learning to look, in processor time")
+    parser.add_argument("--minutes", type=float, default=24, help="of answering from pixels, in processor time")
     parser.add_argument("--more", action="store_true", help="go on from the model in --out: answers only")
     parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
-    parser.add_argument("--rooms", type=int, default=10000, help="rooms to learn from")
+    parser.add_argument("--rooms", type=int, default=6000, help="rooms to learn from")
     parser.add_argument("--held-out", type=int, default=240, help=f"rooms of seed {HELD_OUT_SEED} to score on")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--packs", type=int, default=8, help="images a step of learning to answer")

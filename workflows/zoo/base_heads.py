@@ -35,7 +35,8 @@ class ExactTokens(nn.Module):
 
     The text model learns to answer from these first, and the vision tower then learns to make them of pixels: both are
     quickly learnt, where answering from tokens that do not yet show anything is not. Kind, colour and letter are the
-    text model's own words, each group turned by a matrix of its own, so that one lesson holds for all of a group.
+    text model's own words, each group turned by a matrix of its own that starts as none, so that one lesson holds for
+    all of a group.
     Coordinates and inv_depth are interpolated between few vectors, so that a doubtful one is close to its neighbours.
     """
 
@@ -45,7 +46,7 @@ class ExactTokens(nn.Module):
         width = self.words.get_parameter("weight").shape[1]
         kinds, colors, letters = [f" {w}" for w in KINDS], [f" {w}" for w in COLORS], list(LETTERS)
         self.ids = [_word_ids(processor, words) for words in (kinds, colors, letters)]
-        self.turn_3DD = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(width, width)) for _ in self.ids]))
+        self.turn_3DD = nn.Parameter(torch.eye(width).repeat(len(self.ids), 1, 1))
         self.none_3D = nn.Parameter(torch.zeros(3, width))
         self.mark, self.place = nn.Embedding(2, width), nn.Embedding(GRID * GRID, width)
         self.between_6ND = nn.Parameter(torch.zeros(6, KNOTS, width))  # four coordinates, inv_depth, that of a point

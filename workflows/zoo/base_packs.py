@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,7 @@ KIND_SHARES = {
 }
 FIRST_SHARES = {"name": 0.5, "attribute": 0.5}  # what a word means comes before what is asked with it
 BOXES = ("name", "box")
+ANSWERED = (*KIND_SHARES, "points")
 IGNORED = -100
 
 
@@ -49,6 +50,8 @@ class Batch:
 
     ids_BT: torch.Tensor
     labels_BT: torch.Tensor
+    kind_BT: torch.Tensor  # index in ANSWERED of the question that a token answers
+    share_BT: torch.Tensor  # of its answer that a token is: one over the answer's length
     positions_BT: torch.Tensor
     sees_B1TT: torch.Tensor  # which positions (last axis) each position may attend to
     pixel_B3HW: torch.Tensor
@@ -66,14 +69,18 @@ class Pack:
 
     ids: list[int]
     labels: list[int]
+    kinds: list[int]
+    shares: list[float]
     positions: list[int]
     turns: list[int]  # which turn each token belongs to
     aims: list[tuple[int, npt.NDArray[np.bool_]]]  # a token, and the patches that show what the answer is read from
 
-    def add(self, asked: list[int], said: list[int], turn: int, position: int) -> None:
+    def add(self, asked: list[int], said: list[int], turn: int, position: int, kind: int = 0) -> None:
         new = asked + said
         self.ids += new
         self.labels += [IGNORED] * len(asked) + said
+        self.kinds += [kind] * len(new)
+        self.shares += [0.0] * len(asked) + [1 / len(said) for _ in said]
         self.positions += range(position, position + len(new))
         self.turns += [turn] * len(new)
 
@@ -99,6 +106,8 @@ class Packer:
         return Batch(
             _padded([p.ids for p in drawn], longest, pad),
             _padded([p.labels for p in drawn], longest, IGNORED),
+            _padded([p.kinds for p in drawn], longest, 0),
+            _padded([p.shares for p in drawn], longest, 0.0),
             _padded([p.positions for p in drawn], longest, 0),
             (same_BTT & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None],
             pixels(list(images), self.processor),
@@ -125,7 +134,7 @@ class Packer:
         token_BG9, patch_BP9 = (torch.from_numpy(np.stack(grids)) for grids in zip(*cells, strict=True))
         none = torch.zeros(count, 0).long()
         pixel_B3HW, letter_BG2 = pixels(images, self.processor), torch.from_numpy(np.stack(letters))
-        return Batch(none, none, none, none, pixel_B3HW, token_BG9, patch_BP9, letter_BG2, none, none, none)
+        return Batch(none, none, none, none, none, none, pixel_B3HW, token_BG9, patch_BP9, letter_BG2, none, none, none)
 
     def _next_room(self) -> TaughtRoom:
         if not self.order:
@@ -143,7 +152,7 @@ class Packer:
     def _drawn(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], Pack]:
         """The image, its letters and the tokens of one pack."""
         image_HW3, letter_G2, drawn = self._with_points(room)
-        pack, chat = Pack([], [], [], [], []), self.rng.random() < CHAT_SHARE
+        pack, chat = Pack([], [], [], [], [], [], []), self.rng.random() < CHAT_SHARE
         pack.add(self._encode(f"<|im_start|>user\n{self.image_text}\n"), [], 0, 0)
         shared = len(pack.ids)
         aims = [(points.turn, _around(points.closest)) for points in drawn]
@@ -156,7 +165,8 @@ class Packer:
                 break
             if turn.kind != "grid":  # a box's opening token is where [SEG] will stand
                 pack.aims.append((len(pack.ids) + len(asked) - (turn.kind != "box"), patches_P))
-            pack.add(asked, said, 0 if chat else 1 + n, len(pack.ids) if chat else shared)
+            turn_number, position = (0, len(pack.ids)) if chat else (1 + n, shared)
+            pack.add(asked, said, turn_number, position, ANSWERED.index(turn.kind))
         return image_HW3, letter_G2, pack
 
     def _turns(self, room: TaughtRoom) -> Iterator[Turn]:
@@ -191,8 +201,8 @@ def _around(xy: tuple[int, int]) -> npt.NDArray[np.bool_]:
     return np.asarray((abs(row_P - y) < 2) & (abs(column_P - x) < 2))
 
 
-def _padded(rows: list[list[int]], length: int, pad: int) -> torch.Tensor:
-    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+def _padded(rows: Sequence[Sequence[float]], length: int, pad: float) -> torch.Tensor:
+    return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
 
 
 def pixels(images: list[npt.NDArray[np.uint8]], processor: InternVLProcessor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from perceptio.rooms.furniture import COLORS, KINDS
 from perceptio.segmentation.sam2_image import PROMPT_DIM, Sam2Features, Sam2ImageConfig, Sam2ImageModel, preprocess
+from workflows.zoo.muon import Muon
 from workflows.zoo.segmenter_rooms import Batch, Example, Floats, Rng, draw_names, draw_prompts, mirrored, rooms_of
 from workflows.zoo.segmenter_score import write_card
 
@@ -177,7 +178,7 @@ def _optimizers(model: Sam2ImageModel, head: NameHead) -> list[torch.optim.Optim
     chosen = {id(p) for p in matrices}
     rest = [p for p in (*model.parameters(), *head.parameters()) if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY),
         torch.optim.AdamW(rest, lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True),
     ]
 
