@@ -1,14 +1,16 @@
-"""What the grammar costs: our loop with it and without it, over words, where both compute the whole head."""
+"""What the grammar costs: our loop with it and without it, over words, where both compute the whole head.
+
+The quickest turn of each side counts: other work on the machine only ever adds time, and more than what is measured.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
 from tests.benchmarks._decoding import ours
 
-WORDS, REPEATS, BAR = 48, 11, 1.02
+WORDS, REPEATS, BAR = 48, 15, 1.02
 
 
 def run() -> dict[str, Any]:
@@ -22,11 +24,11 @@ def run() -> dict[str, Any]:
             replies = ours("off", "off", WORDS, use_grammar=use_grammar)
             taken[use_grammar] = time.perf_counter() - began
             assert {len(ids) for ids in replies} == {WORDS}
-        rows.append({"with_grammar_s": taken[True], "without_s": taken[False], "ratio": taken[True] / taken[False]})
-    value = statistics.median(row["ratio"] for row in rows)
+        rows.append({"with_grammar_s": taken[True], "without_s": taken[False]})
+    value = min(row["with_grammar_s"] for row in rows) / min(row["without_s"] for row in rows)
     return {
         "name": "decoding_grammar",
-        "what": "our loop with the grammar, of its seconds without",
+        "what": "the quickest turn of our loop with the grammar, of the quickest without",
         "value": value,
         "unit": "x",
         "bar": BAR,

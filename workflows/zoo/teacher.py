@@ -27,6 +27,8 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 
 from perceptio.depth.teacher import STEPS, DepthTeacher, TeacherMap, inv_depth_from_metric
 from perceptio.rooms.render import render_room
+from perceptio.train.optim import computes_bf16
+from workflows.zoo.muon import Muon
 
 SIZE = 128
 PATCH = 16
@@ -118,13 +120,16 @@ def augmented(
 def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTImageProcessor, seconds: float) -> int:
     """Number of steps taken in `seconds` of processor time, with a cosine schedule over that time.
 
+    Muon for the backbone's matrices, AdamW for all else.
+
     Processor time, so that other work on the machine makes the run longer and not worse.
     """
-    batch, peak = 16, 1e-3
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak)
+    batch, peak = 16, 2e-3
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "encoder.layer" in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [Muon(matrices, lr=peak, weight_decay=0.05), torch.optim.AdamW(others, lr=peak, weight_decay=0.0)]
+    bf16 = computes_bf16(torch.device("cpu"))
     order, began, step = np.random.default_rng(0), time.process_time(), 0
     while (spent := (time.process_time() - began) / seconds) < 1:
         rows = order.permutation(len(rooms[0]))
@@ -132,17 +137,18 @@ def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTI
             spent = min(1.0, (time.process_time() - began) / seconds)
             if spent == 1:
                 break
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = peak * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * spent))
             chosen = rows[start : start + batch]
             pixels_B3HW, target_BHW = augmented(rooms[0][chosen], rooms[1][chosen], processor)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 predicted_BHW = model(pixels_B3HW).predicted_depth
             loss = depth_loss(predicted_BHW.float(), target_BHW)
-            optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
             if step % 100 == 0:
                 print(f"step {step}  loss {loss.item():.4f}  {spent:.0%} of the time", flush=True)
