@@ -54,7 +54,7 @@ class Value:
     scenes: int
     questions: int | None  # of one seed; None where the figure is no share of right answers
     seeds: dict[str, float]
-    baseline: float
+    baseline: float | None  # None where nothing was asked that the figure could stand beside
     against: str
 
 
@@ -129,7 +129,8 @@ def _values(runs: Mapping[str, Run], draw: dict[str, int]) -> dict[str, Value]:
 
 def _baseline(metrics: Mapping[str, Any], figure: str, marks: Sums) -> dict[str, Any]:
     if figure != "words":
-        return {"baseline": round(metrics[figure]["baseline"], 4), "against": metrics[figure]["against"]}
+        own = metrics[figure]
+        return {"baseline": None if own["against"] == "none" else round(own["baseline"], 4), "against": own["against"]}
     usual = [(metrics[kind]["baseline"], metrics[kind]["n"]) for kind in WORDS if kind in metrics]
     share = sum(value * n for value, n in usual) / sum(n for _, n in usual)
     return {"baseline": round(share, 4), "against": "usual training answer"}
@@ -193,7 +194,8 @@ def _chart(
 ) -> dict[str, Any]:
     """One figure of every arm as a row of dots: all seeds with their interval, single seeds, baseline, ceiling."""
     own = {arm: found[figure] for arm, found in values.items() if figure in found}
-    marks = [x for v in own.values() for x in (v.low, v.high, v.baseline, *v.seeds.values())]
+    marks = [x for v in own.values() for x in (v.low, v.high, *v.seeds.values())]
+    marks += [v.baseline for v in own.values() if v.baseline is not None]
     marks += [ceilings[figure]] if figure in ceilings else []
     low, high = min(marks), max(marks)
     margin = 0.05 * max(high - low, 1e-3)
@@ -212,8 +214,8 @@ def _chart(
             "high": x(v.high),
             "seeds": [x(value) for value in v.seeds.values()],
             "said": ", ".join(f"seed {seed}: {_number(value)}" for seed, value in v.seeds.items()),
-            "baseline": x(v.baseline),
-            "beside": _number(v.baseline),
+            "baseline": None if v.baseline is None else x(v.baseline),
+            "beside": "" if v.baseline is None else _number(v.baseline),
             "against": v.against,
             "n": v.questions or v.scenes,
         }

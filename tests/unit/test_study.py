@@ -80,6 +80,7 @@ def run(arm: str, seed: int, right: dict[str, int]) -> dict[str, Any]:
     """A finished run whose yes/no questions, one a scene, were answered so; scenes 1 and more of them."""
     metric = {"baseline": 0.5, "against": "usual training answer", "n": len(right)}
     metrics = dict.fromkeys(("yes_no_accuracy", "reconstruction_mae"), metric)
+    metrics["well_formed_without_grammar"] = metric | {"baseline": 0.0, "against": "none"}
     marks = [list(right.values()), [1] * len(right)]
     return {
         "arm": arm,
@@ -110,9 +111,12 @@ def test_seeds_are_added_by_scene_and_arms_paired_by_it(recipe: Recipe, tmp_path
     value = summary["values"]["a"]["yes_no_accuracy"]
     assert value["value"] == pytest.approx(4 / 6, abs=1e-4) and value["seeds"] == {"1": 0.3333, "2": 1.0}
     assert value["questions"] == 3 and value["baseline"] == 0.5
+    free = summary["values"]["a"]["well_formed_without_grammar"]
+    assert free["value"] == value["value"] and free["baseline"] is None, "it stands beside nothing, not beside 0"
     apart = summary["differences"]["b"]["a"]["yes_no_accuracy"]
     assert apart["value"] == pytest.approx(2 / 3, abs=1e-4), "seed 1 against seed 1, on the scenes that both have"
     assert apart["seeds"] == ["1"]
     assert summary["values"]["b"]["words"]["value"] == 0.75
     text = Path(page).read_text()
     assert "Arm &lt;B&gt;" in text and "Arm <B>" not in text
+    assert "baseline none" in text

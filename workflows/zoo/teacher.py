@@ -126,8 +126,8 @@ def train(model: DepthAnythingForDepthEstimation, rooms: Arrays, processor: DPTI
     """
     batch, peak = 16, 2e-3
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "encoder.layer" in name]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    by_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in by_muon]
     optimizers = [Muon(matrices, lr=peak, weight_decay=0.05), torch.optim.AdamW(others, lr=peak, weight_decay=0.0)]
     bf16 = computes_bf16(torch.device("cpu"))
     order, began, step = np.random.default_rng(0), time.process_time(), 0
