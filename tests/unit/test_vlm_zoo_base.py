@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, InternVLProcessor
 import perceptio.rooms
 from workflows.zoo.base import corpus, see, text_states
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
-from workflows.zoo.base_packs import BOXES, FIRST_SHARES, IGNORED, LENGTH, Packer, pixels
+from workflows.zoo.base_packs import BOXES, IGNORED, KIND_SHARES, LENGTH, LESSONS, Packer, lesson, pixels
 from workflows.zoo.base_rooms import DEPTH_GRID, EMPTY, GRID, PATCHES, TaughtRoom, cached_rooms, lettered, mirrored
 from workflows.zoo.base_score import first_figures, iou, parse_box
 
@@ -150,11 +150,24 @@ def test_one_cell_stands_for_each_object_that_can_be_seen(rooms: list[TaughtRoom
 
 def test_names_come_first(rooms: list[TaughtRoom], processor: InternVLProcessor) -> None:
     packer = Packer(processor, rooms, np.random.default_rng(5))
-    packer.shares = FIRST_SHARES
+    packer.shares = lesson(0.0)
     asked = [turn for room in rooms for turn in packer._turns(room)]
     assert {turn.kind for turn in asked} == {"name", "attribute"}
     assert not any(word in turn.prompt for turn in asked for word in (" left", " right", " behind ", "camera"))
     assert not any(packer._with_points(rooms[0])[2] for _ in range(20))
+    assert [lesson(passed) for passed in (0.1, 0.3, 0.5, 0.61, 1.0)] == [
+        shares for _, shares in (*LESSONS, LESSONS[-1])
+    ]
+    assert lesson(1) is KIND_SHARES and sum(part for part, _ in LESSONS) == pytest.approx(1)
+
+
+def test_every_answer_counts_once(rooms: list[TaughtRoom], processor: InternVLProcessor) -> None:
+    batch = Packer(processor, rooms, np.random.default_rng(6)).batch(3)
+    answered_BT = batch.labels_BT != IGNORED
+    assert torch.equal(batch.share_BT > 0, answered_BT)
+    opens_BT = answered_BT & ~answered_BT.roll(1, 1)
+    assert batch.share_BT.sum() == pytest.approx(opens_BT.sum().item(), rel=1e-5)
+    assert len(batch.share_BT[answered_BT].unique()) > 2, "answers of several lengths"
 
 
 def test_an_answer_is_read_from_the_patches_of_what_it_is_about(

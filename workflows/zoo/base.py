@@ -28,6 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import InternVLForConditionalGeneration, InternVLProcessor
 
@@ -36,7 +38,7 @@ from perceptio.train.optim import computes_bf16
 from perceptio.vlm.backbone import load_backbone
 from workflows.zoo.base_heads import AimHead, CellHead, ExactTokens, Sight
 from workflows.zoo.base_model import build_model, build_processor, train_tokenizer
-from workflows.zoo.base_packs import ANSWERED, FIRST_SHARES, KIND_SHARES, Batch, Packer
+from workflows.zoo.base_packs import ANSWERED, Batch, Packer, lesson
 from workflows.zoo.base_rooms import TaughtRoom, cached_rooms
 from workflows.zoo.base_score import HELD_OUT_SEED, score, write_card
 from workflows.zoo.muon import Muon
@@ -46,7 +48,6 @@ SEED = 0
 THREADS = 2
 LOOK_IMAGES = 16  # a step
 LOOKS = ("kind", "color", "corner", "depth", "letter", "mark", "exact")
-FIRST_PART = 0.25  # of the minutes of learning to reason
 EXACT_WEIGHT = 5.0
 WARM_UP = 0.02
 WEIGHT_DECAY = 0.05
@@ -127,19 +128,16 @@ def learn_to_reason(
 ) -> int:
     """The number of steps in which the text model learnt to answer from exact tokens; in place.
 
-    Names come first: where all kinds of questions are asked from the start, what words mean is found much later.
+    Lesson by lesson: where all kinds of questions are asked from the start, none is learnt for a long time.
     """
     head = AimHead(model)
-    parts = [model.model.language_model, exact, head]
 
-    def loss() -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(passed: float) -> tuple[torch.Tensor, dict[str, float]]:
+        packer.shares = lesson(passed)
         batch = packer.batch(packs)
         return answer_loss(model, exact(batch.token_BG9, batch.letter_BG2), batch, head)
 
-    packer.shares = FIRST_SHARES
-    first = _repeat(loss, optimizers(parts, rate), FIRST_PART * minutes, rate, lambda: None)
-    packer.shares = KIND_SHARES
-    return first + _repeat(loss, optimizers(parts, rate), (1 - FIRST_PART) * minutes, rate, lambda: None)
+    return _repeat(loss, optimizers([model.model.language_model, exact, head], rate), minutes, rate, lambda: None)
 
 
 def learn_to_look(
@@ -151,7 +149,7 @@ def learn_to_look(
     head.words.requires_grad_(False)
     parts = [model.model.vision_tower, model.model.multi_modal_projector, head]
 
-    def loss() -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(_: float) -> tuple[torch.Tensor, dict[str, float]]:
         batch = packer.looks(LOOK_IMAGES)
         sight, wanted_BGD = see(model, batch), exact(batch.token_BG9, batch.letter_BG2)
         missed = F.mse_loss(sight.token_BGD.float(), wanted_BGD) / wanted_BGD.var((0, 1)).mean()
@@ -164,13 +162,23 @@ def learn_to_look(
 
 
 def learn_to_answer(
-    model: InternVLForConditionalGeneration, packer: Packer, minutes: float, rate: float, packs: int, out: Path
+    model: InternVLForConditionalGeneration,
+    packer: Packer,
+    minutes: float,
+    rate: float,
+    packs: int,
+    out: Path,
+    first_lesson: float,
 ) -> int:
-    """The number of steps in which text model and projector learnt to answer from pixels; in place, saved at times."""
+    """The number of steps in which text model and projector learnt to answer from pixels; in place, saved at times.
+
+    first_lesson: how much of the lessons is known before; 1 asks all kinds from the start.
+    """
     model.model.vision_tower.requires_grad_(False)
     head = AimHead(model)
 
-    def loss() -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(passed: float) -> tuple[torch.Tensor, dict[str, float]]:
+        packer.shares = lesson(first_lesson + (1 - first_lesson) * passed)
         batch = packer.batch(packs)
         return answer_loss(model, see(model, batch).token_BGD, batch, head)
 
@@ -179,7 +187,7 @@ def learn_to_answer(
 
 
 def _repeat(
-    loss: Callable[[], tuple[torch.Tensor, dict[str, float]]],
+    loss: Callable[[float], tuple[torch.Tensor, dict[str, float]]],
     groups: list[torch.optim.Optimizer],
     minutes: float,
     rate: float,
@@ -192,7 +200,7 @@ def _repeat(
     bf16 = computes_bf16(torch.device("cpu"))
     while clock.passed < 1:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            value, found = loss()
+            value, found = loss(clock.passed)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in groups:
@@ -231,6 +239,30 @@ def corpus(rooms: list[TaughtRoom]) -> Iterator[str]:
             yield FORMS[n % len(FORMS)].format(turn.prompt.removeprefix("Where is ").rstrip("?"))
 
 
+def _taught(
+    model: InternVLForConditionalGeneration, exact: ExactTokens, packer: Packer, args: argparse.Namespace
+) -> dict[str, float]:
+    """Reasoning, then looking, each kept in the cache as it ends; with --after what went before comes from there.
+
+    Returns minutes and counts of both.
+    """
+    both, done = nn.ModuleDict({"model": model, "exact": exact}), dict[str, float]()
+    if args.after:
+        kept = args.cache / f"{args.after}.safetensors"
+        load_model(both, kept)
+        with safe_open(kept, "pt") as file:
+            done = json.loads(file.metadata()["done"])
+    if args.after is None:
+        steps = learn_to_reason(model, exact, packer, args.reason_minutes, args.rate, args.packs)
+        done |= {"reason_minutes": args.reason_minutes, "reasoned": args.packs * steps}
+        save_model(both, str(args.cache / "reason.safetensors"), {"done": json.dumps(done)})
+    if args.after != "look":
+        steps = learn_to_look(model, exact, packer, args.look_minutes, args.rate)
+        done |= {"look_minutes": args.look_minutes, "looks": LOOK_IMAGES * steps}
+        save_model(both, str(args.cache / "look.safetensors"), {"done": json.dumps(done)})
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -239,6 +271,12 @@ def main() -> None:
     )
     parser.add_argument("--look-minutes", type=float, default=20, help="of learning to look, in processor time")
     parser.add_argument("--minutes", type=float, default=24, help="of answering from pixels, in processor time")
+    parser.add_argument(
+        "--after", choices=["reason", "look"], help="go on after this part of an earlier run, kept in --cache"
+    )
+    parser.add_argument(
+        "--first-lesson", type=float, default=1, help="part of the lessons left out of answering from pixels, 0 to 1"
+    )
     parser.add_argument("--more", action="store_true", help="go on from the model in --out: answers only")
     parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
     parser.add_argument("--rooms", type=int, default=6000, help="rooms to learn from")
@@ -253,6 +291,7 @@ def main() -> None:
     if not args.score:
         torch.manual_seed(SEED + len(runs))
         rooms = list(cached_rooms(args.cache, TRAIN_SEED, args.rooms))
+        run: dict[str, float] = {"rooms": len(rooms), "rate": args.rate}
         if args.more:
             model, processor = load_backbone(args.out, dtype=torch.float32)
         else:
@@ -260,17 +299,13 @@ def main() -> None:
             model = build_model(processor.tokenizer)
         packer = Packer(processor, rooms, np.random.default_rng(SEED + len(runs)))
         model.train()
-        run: dict[str, float] = {"rooms": len(rooms), "rate": args.rate, "look_minutes": 0, "looks": 0}
-        run |= {"reason_minutes": 0, "reasoned": 0}
         if not args.more:
-            exact = ExactTokens(model, processor)
-            run["reason_minutes"], run["look_minutes"] = args.reason_minutes, args.look_minutes
-            run["reasoned"] = args.packs * learn_to_reason(
-                model, exact, packer, args.reason_minutes, args.rate, args.packs
-            )
-            run["looks"] = LOOK_IMAGES * learn_to_look(model, exact, packer, args.look_minutes, args.rate)
+            run |= _taught(model, ExactTokens(model, processor), packer, args)
         run["minutes"] = args.minutes
-        run["packs"] = learn_to_answer(model, packer, args.minutes, args.rate, args.packs, args.out) * args.packs
+        run["first_lesson"] = args.first_lesson
+        run["packs"] = args.packs * learn_to_answer(
+            model, packer, args.minutes, args.rate, args.packs, args.out, args.first_lesson
+        )
         save(model, processor, args.out)
         runs.append(run)
     write_card(args.out, score(args.out, range(args.held_out)), runs)

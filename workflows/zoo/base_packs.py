@@ -31,14 +31,21 @@ FORM_SHARE, WHERE = 0.7, "Where is {}?"
 KIND_SHARES = {
     "name": 0.15,  # a box of what is named by kind, colour and size; "box" are all others
     "box": 0.15,
-    "attribute": 0.15,
-    "count": 0.15,
-    "yes_no": 0.15,
+    "attribute": 0.13,
+    "count": 0.17,
+    "yes_no": 0.2,
     "distance": 0.1,
-    "choice": 0.13,
+    "choice": 0.08,
     "grid": 0.02,
 }
-FIRST_SHARES = {"name": 0.5, "attribute": 0.5}  # what a word means comes before what is asked with it
+# Parts of the time, and what is asked in them: one new thing at a time is learnt far sooner than all at once.
+LESSONS: tuple[tuple[float, dict[str, float]], ...] = (
+    (0.2, {"name": 0.5, "attribute": 0.5}),
+    (0.2, {"count": 0.5, "name": 0.25, "box": 0.1, "attribute": 0.15}),
+    (0.2, {"yes_no": 0.5, "count": 0.15, "name": 0.15, "box": 0.1, "attribute": 0.1}),
+    (0.4, KIND_SHARES),
+)
+_ENDS = tuple(itertools.accumulate(part for part, _ in LESSONS))
 BOXES = ("name", "box")
 ANSWERED = (*KIND_SHARES, "points")
 IGNORED = -100
@@ -144,7 +151,7 @@ class Packer:
     def _with_points(self, room: TaughtRoom) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], list[Points]]:
         """The room's image, now and then with points drawn in, what `lettered` says of them, and these points."""
         image_HW3 = np.asarray(Image.open(io.BytesIO(room.image)).convert("RGB"))
-        if self.shares is FIRST_SHARES or not room.points or self.rng.random() >= POINTS_SHARE:
+        if self.shares is not KIND_SHARES or not room.points or self.rng.random() >= POINTS_SHARE:
             return image_HW3, np.zeros((len(room.token_G9), 2), np.float32), []
         points = room.points[self.rng.integers(len(room.points))]
         return draw_points(image_HW3, points.xy), lettered(points), [points]
@@ -192,6 +199,11 @@ class Packer:
         if text not in self.tokens:
             self.tokens[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         return self.tokens[text]
+
+
+def lesson(passed: float) -> dict[str, float]:
+    """The shares at a time of learning, of which `passed` is over; from 0 to 1."""
+    return next((shares for end, (_, shares) in zip(_ENDS, LESSONS, strict=True) if passed < end), KIND_SHARES)
 
 
 def _around(xy: tuple[int, int]) -> npt.NDArray[np.bool_]:
