@@ -167,7 +167,7 @@ def test_every_answer_counts_once(rooms: list[TaughtRoom], processor: InternVLPr
     assert torch.equal(batch.share_BT > 0, answered_BT)
     opens_BT = answered_BT & ~answered_BT.roll(1, 1)
     assert batch.share_BT.sum() == pytest.approx(opens_BT.sum().item(), rel=1e-5)
-    assert len(batch.share_BT[answered_BT].unique()) > 2, "answers of several lengths"
+    assert len(batch.share_BT[answered_BT].unique()) > 1, "answers of several lengths"
 
 
 def test_an_answer_is_read_from_the_patches_of_what_it_is_about(
