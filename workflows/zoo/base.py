@@ -267,10 +267,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--reason-minutes", type=float, default=40, help="of answering from exact tokens, processor time"
+        "--reason-minutes", type=float, default=42, help="of answering from exact tokens, processor time"
     )
-    parser.add_argument("--look-minutes", type=float, default=20, help="of learning to look, in processor time")
-    parser.add_argument("--minutes", type=float, default=24, help="of answering from pixels, in processor time")
+    parser.add_argument("--look-minutes", type=float, default=36, help="of learning to look, in processor time")
+    parser.add_argument("--minutes", type=float, default=20, help="of answering from pixels, in processor time")
     parser.add_argument(
         "--after", choices=["reason", "look"], help="go on after this part of an earlier run, kept in --cache"
     )
