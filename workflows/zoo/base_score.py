@@ -212,15 +212,16 @@ byte-level BPE vocabulary of {tokens} tokens in which each number of one or two 
 
 That command{again} learnt from {rooms} rooms, on two CPU threads, in three parts whose minutes are of processor time.
 First the text model learnt to answer ({reason_minutes:.0f} minutes, {reasoned:,} images with many questions each) from
-exact image tokens, which a table makes of what each cell shows: kind, colour, box, inverse depth, letter. Then the
-vision tower learnt to make these tokens of pixels ({look_minutes:.0f} minutes, {looks:,} images), while a head, no part
-of the model, read the same from them in the text model's own word and number embeddings. Last, with the vision tower
-frozen, both were joined ({minutes:.0f} minutes, {packs:,} images). The questions: count, attribute, yes/no, distance,
-choice and points; `Where is EXPRESSION?`, or a form in which a mask will be asked for later, -> `[[x0, y0, x1, y1]]` in
-hundredths of the image's side; and how close each part of a 6 x 6 grid is (not scored here). A question sees the image
-and no other question, so that none is answered from another's words. Behind `[[` another head, no part of the model
-either, read which patches show the object, so that all of a box is known where it opens: that is where [SEG] will
-start. `card.json` has the runs one by one.
+exact image tokens, which a table makes of what each cell shows: kind, colour, box, inverse depth, letter. One new kind
+of question came at a time: what is named and its colour, counts, yes/no, then all. Then the vision tower learnt to make
+these tokens of pixels ({look_minutes:.0f} minutes, {looks:,} images), while a head, no part of the model, read the same
+from them in the text model's own word and number embeddings. Last, with the vision tower frozen, both were joined
+({minutes:.0f} minutes, {packs:,} images). The questions: count, attribute, yes/no, distance, choice and points; `Where
+is EXPRESSION?`, or a form in which a mask will be asked for later, -> `[[x0, y0, x1, y1]]` in hundredths of the image's
+side; and how close each part of a 6 x 6 grid is (not scored here). A question sees the image and no other question, so
+that none is answered from another's words, and every answer counts alike, however many tokens it has. Behind `[[` and
+before all other answers another head, no part of the model either, read which patches show what the answer is read
+from: `[[` is where [SEG] will start, so all of a box is known there. `card.json` has the runs one by one.
 
 ## Held-out rooms (seed {seed})
 
