@@ -150,7 +150,7 @@ def write_card(out: Path, figures: Figures, runs: list[dict[str, float]]) -> Non
     }
     model, processor = load_backbone(out, dtype=torch.float32)
     parts = {"parameters": sum(p.numel() for p in model.parameters()) / 1e6, "tokens": len(processor.tokenizer)}
-    again = f" and {len(runs) - 1} time(s) `--more`" if len(runs) > 1 else ""
+    again = f" and, {len(runs) - 1} time(s), `--more`" if len(runs) > 1 else ""
     text = README.format(
         rows="\n".join(rows), seed=HELD_OUT_SEED, side=SIDE, rooms=runs[-1]["rooms"], again=again, **parts, **total
     )
