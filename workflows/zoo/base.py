@@ -168,17 +168,12 @@ def learn_to_answer(
     rate: float,
     packs: int,
     out: Path,
-    first_lesson: float,
 ) -> int:
-    """The number of steps in which text model and projector learnt to answer from pixels; in place, saved at times.
-
-    first_lesson: how much of the lessons is known before; 1 asks all kinds from the start.
-    """
+    """The number of steps in which text model and projector learnt to answer from pixels; in place, saved at times."""
     model.model.vision_tower.requires_grad_(False)
     head = AimHead(model)
 
-    def loss(passed: float) -> tuple[torch.Tensor, dict[str, float]]:
-        packer.shares = lesson(first_lesson + (1 - first_lesson) * passed)
+    def loss(_: float) -> tuple[torch.Tensor, dict[str, float]]:
         batch = packer.batch(packs)
         return answer_loss(model, see(model, batch).token_BGD, batch, head)
 
@@ -274,9 +269,6 @@ def main() -> None:
     parser.add_argument(
         "--after", choices=["reason", "look"], help="go on after this part of an earlier run, kept in --cache"
     )
-    parser.add_argument(
-        "--first-lesson", type=float, default=1, help="part of the lessons left out of answering from pixels, 0 to 1"
-    )
     parser.add_argument("--more", action="store_true", help="go on from the model in --out: answers only")
     parser.add_argument("--score", action="store_true", help="score the model in --out again, without training")
     parser.add_argument("--rooms", type=int, default=6000, help="rooms to learn from")
@@ -302,10 +294,7 @@ def main() -> None:
         if not args.more:
             run |= _taught(model, ExactTokens(model, processor), packer, args)
         run["minutes"] = args.minutes
-        run["first_lesson"] = args.first_lesson
-        run["packs"] = args.packs * learn_to_answer(
-            model, packer, args.minutes, args.rate, args.packs, args.out, args.first_lesson
-        )
+        run["packs"] = args.packs * learn_to_answer(model, packer, args.minutes, args.rate, args.packs, args.out)
         save(model, processor, args.out)
         runs.append(run)
     write_card(args.out, score(args.out, range(args.held_out)), runs)

@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix_MRC: torch.Tensor) -> torch.Tensor:
-    """[M, R, C]: the same singular vectors, all singular values near 1 (0.7 to 1.2), by Newton-Schulz iteration."""
+    """[M, R, C]: the same singular vectors, singular values drawn towards 1, by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     tall = matrix_MRC.shape[1] > matrix_MRC.shape[2]
     found = matrix_MRC.mT if tall else matrix_MRC
