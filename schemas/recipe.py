@@ -238,6 +238,9 @@ class TrainRecipe(Section):
     warmup: Share = Field(description="share of the steps in which learning rates rise to their peak")
     checkpoint_every: Positive
     keep_checkpoints: Positive
+    publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the published weights; auto: as they were trained"
+    )
     max_failures: Annotated[int, Field(ge=0)] = 1
     code_noise: Share = Field(
         description="share of the depth codes that are read as random ones, so that the next one depends on the image"
@@ -282,6 +285,9 @@ class EvaluateRecipe(Section):
 
 
 class ServeRecipe(Section):
+    fallback: Literal["none", "rooms"] = Field(
+        default="none", description="served where root has no model: nothing, or the small one that is shipped"
+    )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)]
     min_replicas: Annotated[int, Field(ge=0)]

@@ -2,7 +2,7 @@
 
     perceptio serve --recipe rooms
 
-Reads   ROOT/model, as `train` published it
+Reads   ROOT/model, as `train` published it; where there is none and serve.fallback is `rooms`, the shipped model
 Serves  POST /v1/perceive, GET /healthz (workflows/endpoint.py) on serve.host:serve.port
 Needs   what serve.cpus and serve.gpus say, per replica
 
@@ -32,10 +32,12 @@ from schemas.recipe_file import load_recipe
 from workflows.endpoint import RETRY_AFTER_S, Endpoint
 from workflows.folders import local_copy, require
 from workflows.replica import Model
+from workflows.runtime import shipped
 from workflows.runtime import start as start_ray
 from workflows.store import StageError, open_root
 
 APP = "perceptio"
+SHIPPED = "perceptio"  # the folder of the zoo whose model/ serve.fallback means
 REQUEST_TIMEOUT_S = 120.0  # then the client gets 408
 DEEP_QUEUE = 4  # requests that the endpoint holds for each one that the model may: refusing is cheap, decoding is not
 
@@ -63,6 +65,7 @@ def start(recipe: Recipe) -> str:
     """
     settings = recipe.serve
     require_free(settings.host, settings.port)
+    recipe = with_a_model(recipe)
     manifest = check_folder(recipe)
     start_ray(recipe)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -78,7 +81,7 @@ def start(recipe: Recipe) -> str:
 
 def build(args: dict[str, str]) -> serve.Application:
     """The application of a RayService; args: {"recipe": path of the recipe in the pod}."""
-    recipe = load_recipe(Path(args["recipe"]))
+    recipe = with_a_model(load_recipe(Path(args["recipe"])))
     return _application(recipe, check_folder(recipe).digest)
 
 
@@ -86,6 +89,14 @@ def stop() -> None:
     """Stops the service, if there is one; Ray itself stays."""
     if ray.is_initialized():
         serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def with_a_model(recipe: Recipe) -> Recipe:
+    """The recipe; its root is the shipped model's where it has no model of its own and allows that."""
+    if recipe.serve.fallback == "none" or open_root(recipe.root).manifest("model") is not None:
+        return recipe
+    log.warning("%s: no model yet, so the shipped one of rooms answers: `train` makes this recipe's own", recipe.root)
+    return recipe.model_copy(update={"root": str(shipped(SHIPPED))})
 
 
 def check_folder(recipe: Recipe) -> Manifest:

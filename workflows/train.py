@@ -242,6 +242,8 @@ def _publish(
             return
         if recipe.model.language == "lora":
             merge_lora(model)
+        if recipe.train.publish_dtype != "auto":
+            model.to(getattr(torch, recipe.train.publish_dtype))
         with tempfile.TemporaryDirectory(prefix="perceptio-model-") as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from safetensors import safe_open
 
 from perceptio.generate import Perceiver
 from perceptio.processor import Request
@@ -44,7 +45,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 def prepared(folder: Path, parts: Parts, **more: Any) -> Recipe:
     """A recipe whose tables and codebook stand, ready to train on."""
     sizes = {"train__steps": STEPS, "train__checkpoint_every": EVERY, "train__global_batch": 8}
-    sizes |= {"train__micro_batch": 2, "model__max_length": 512, "train__max_failures": 1}
+    sizes |= {
+        "train__micro_batch": 2,
+        "model__max_length": 512,
+        "train__max_failures": 1,
+        "train__publish_dtype": "float16",
+    }
     recipe = recipe_in(folder, parts.folder, **{**sizes, **more})
     root = open_root(recipe.root)
     fill(recipe, root, published(root, parts.folder / "codebook", "codebook", {}))
@@ -82,6 +88,8 @@ def test_the_model_folder_answers_and_differs_from_its_start(trained: Recipe, pa
     blank = Request(np.zeros((64, 64, 3), np.uint8), "Please segment the lamp.", "on", "on")
     perceiver = Perceiver.from_pretrained(root.at("model"))
     assert perceiver.perceive([blank], max_new_tokens=3)[0].reply.well_formed
+    with safe_open(Path(root.at("model")) / "model.safetensors", "np") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
     assert manifest.extra["precision"] in ("bf16_autocast", "fp32")
     made_with = json.loads((Path(root.at("model")) / "perceptio.json").read_text())
     assert made_with["codebook_digest"] == perceiver.codec.digest
