@@ -39,8 +39,13 @@ class Perceiver:
     """A model and its processor, ready to answer batches of requests."""
 
     def __init__(self, model: PerceptioForConditionalGeneration, processor: PerceptioProcessor) -> None:
+        """Raises ValueError for a model without codec, and for a processor of another model."""
         if model.codec is None:
             raise ValueError("the model has no codec: load it with from_pretrained, or attach_codec() first")
+        for name in ("vocabulary", "depth_tokens", "max_objects", "depth_after_text"):
+            own, other = getattr(model.config, name), getattr(processor, name)
+            if own != other:
+                raise ValueError(f"{name}: the model's is {own}, the processor's {other}: load both from one folder")
         model.train(False)
         self.model, self.processor = model, processor
         self.codec = model.codec

@@ -29,6 +29,7 @@ from perceptio.vlm.backbone import MODEL_TYPE, extend_vocabulary, load_backbone
 from schemas.recipe import SpatialName
 
 CODEBOOK_FOLDER = "codebook"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # what finds a hub id's files
 
 
 class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # type: ignore[no-untyped-call]
@@ -53,23 +54,30 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
     ) -> Tensor:
         """Last-layer, post-norm hidden states [B, T, D] of whole sequences; nothing reaches the output head.
 
-        With `packed_to`, right-padded samples are read behind one another, in rows of at most so many tokens.
+        With `packed_to`, right-padded samples are read behind one another, in rows of at most so many tokens. A batch
+        of words alone has no tiles in `pixel_values`.
         """
         if packed_to is None:
-            output = self.model(
-                input_ids=input_ids_BT, attention_mask=attention_mask_BT, pixel_values=pixel_values, use_cache=False
-            )
+            read = self._read(input_ids_BT, pixel_values)
+            output = self.model(attention_mask=attention_mask_BT, use_cache=False, **read)
             return torch.as_tensor(output.last_hidden_state)
         packing = Packing.of(attention_mask_BT.sum(1).tolist(), packed_to)
         positions_RL, sees_R1LL = packing.positions_and_sight(input_ids_BT.device)
-        output = self.model(
-            input_ids=packing.packed(input_ids_BT, int(self.config.get_text_config().pad_token_id or 0)),
-            attention_mask=sees_R1LL,
-            position_ids=positions_RL,
-            pixel_values=pixel_values,
-            use_cache=False,
-        )
+        ids_RL = packing.packed(input_ids_BT, int(self.config.get_text_config().pad_token_id or 0))
+        read = self._read(ids_RL, pixel_values)
+        output = self.model(attention_mask=sees_R1LL, position_ids=positions_RL, use_cache=False, **read)
         return packing.unpacked(output.last_hidden_state, input_ids_BT.shape[1])
+
+    def _read(self, input_ids_BT: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        """What the model reads; without any image, its words beside an empty tile that changes nothing.
+
+        Every rank must run every trained part, so the vision tower runs in any case.
+        """
+        if len(pixel_values):
+            return {"input_ids": input_ids_BT, "pixel_values": pixel_values}
+        height, width = self.config.vision_config.image_size
+        tile = self.model.get_image_features(pixel_values=pixel_values.new_zeros(1, 3, height, width))
+        return {"inputs_embeds": self.get_input_embeddings()(input_ids_BT) + 0 * tile.pooler_output.sum()}
 
     def image_features(self, pixels_B3SS: Tensor) -> Sam2Features:
         """SAM2's features of preprocessed images; the trunk is frozen, its two high-res convolutions are not."""
@@ -120,12 +128,13 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             if args or kwargs:
                 raise ValueError(f"{source}: {sorted(kwargs) or args} are for a Perceptio folder, got an InternVL's")
             return cls.from_parts(source, sam2, codebook, max_objects=max_objects, dtype=dtype)[0]
-        found = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        found = PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
         if found != PerceptioConfig.model_type:
             hint = ": pass sam2= and codebook= too" if found == MODEL_TYPE else ""
             raise ValueError(f"{source}: config.json has model_type {found!r}, expected 'perceptio'{hint}")
         model = super().from_pretrained(source, *args, **kwargs)
-        files = [cached_file(source, name, subfolder=CODEBOOK_FOLDER) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        files = [cached_file(source, name, subfolder=CODEBOOK_FOLDER, **hub) for name in (CONFIG_NAME, WEIGHTS_NAME)]
         model.attach_codec(DepthCodec.from_pretrained(Path(str(files[0])).parent).to(model.device))
         return model
 

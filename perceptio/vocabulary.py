@@ -104,7 +104,7 @@ class SpatialVocabulary:
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, codes: int) -> SpatialVocabulary:
     """The spatial ids after adding the tokens to `tokenizer`, in place; a second call changes nothing.
 
-    Raises ValueError if the tokenizer was extended for another number of codes.
+    Raises ValueError if the tokenizer was extended for another number of codes, or has some of the tokens but not all.
     """
     wanted = spatial_tokens(codes)
     found = _codes_in(tokenizer)
@@ -112,7 +112,14 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, codes: int) -> SpatialV
         raise ValueError(
             f"tokenizer: already extended with {found} depth codes, got {codes}: start from the base model's tokenizer"
         )
-    if found == 0:
+    known = tokenizer.get_vocab()
+    present = [token for token in wanted if token in known]
+    if present and len(present) < len(wanted):
+        raise ValueError(
+            f"tokenizer: it has {present[:3]} of its own, {len(present)} of the {len(wanted)} spatial tokens for"
+            f" {codes} codes, expected none or all: start from a base that has none"
+        )
+    if not present:
         tokenizer.add_tokens(wanted, special_tokens=True)
     return SpatialVocabulary.of(tokenizer, codes)
 

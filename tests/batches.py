@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,14 @@ def sample(number: int) -> dict[str, Any]:
         "codes": rng.integers(0, 8, 4).tolist(),
         "depth_target": pack_map(rng.integers(0, 65536, (16, 16), dtype=np.uint16)),
     }
+
+
+def without_images(parts: Parts, batch: Batch) -> Batch:
+    """The batch as one of words alone: where images stood, its prompts have the word "a"."""
+    model, processor = parts
+    (word,) = processor.tokenizer.encode("a", add_special_tokens=False)
+    ids_BT = batch.input_ids_BT.masked_fill(batch.input_ids_BT == model.config.image_token_id, word)
+    return dataclasses.replace(batch, input_ids_BT=ids_BT, pixel_values=batch.pixel_values[:0])
 
 
 def batch_of(parts: Parts, numbers: Sequence[tuple[int, int]], **options: Any) -> Batch:

@@ -96,19 +96,28 @@ def collate(
 ) -> Batch:
     """The batch of some items. `processor` is the base's; `sam2_pixels(images, S)` gives SAM2's input [B, 3, S, S].
 
-    Raises ValueError for a dialogue longer than `max_length` tokens, naming its sample.
+    Raises ValueError for a dialogue longer than `max_length` tokens and for one whose image makes another number of
+    image tokens than it has, naming the sample.
     """
     segs = [(b, t) for b, item in enumerate(items) for t in item.dialogue.seg_positions]
     masked = sorted({b for b, _ in segs})
     size = sam2_size // MASK_STRIDE
     ids_BT, target_BT, mask_BT, kind_BT = _padded(items, int(processor.tokenizer.pad_token_id), max_length)
     has_depth_B, target_BHW = _depth(items)
+    images = processor.image_processor([item.rgb_HW3 for item in items], return_tensors="pt")
+    for item, tiles in zip(items, images["num_patches"], strict=True):
+        made, expected = int(tiles) * int(processor.image_seq_length), item.dialogue.image_tokens
+        if made != expected:  # else it would take features of the next sample's image
+            raise ValueError(
+                f"sample {item.dialogue.sample_id}: its image makes {made} image tokens, its dialogue has room for"
+                f" {expected}: its width and height are not the image's; assemble its source again"
+            )
     return Batch(
         input_ids_BT=ids_BT,
         target_ids_BT=target_BT,
         attention_mask_BT=mask_BT,
         loss_kind_BT=kind_BT,
-        pixel_values=processor.image_processor([item.rgb_HW3 for item in items], return_tensors="pt")["pixel_values"],
+        pixel_values=images["pixel_values"],
         source_B=_indices([item.source for item in items]),
         seg_sample_M=_indices([b for b, _ in segs]),
         seg_position_M=_indices([t for _, t in segs]),

@@ -13,6 +13,7 @@ Words are encoded apart from the template, as plain text: what they spell is nev
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -36,6 +37,8 @@ DEPTH_PROMPTS = (
     "Please show the depth of this picture.",
 )
 DEPTH_ANSWER = "Done."
+# a tokenizer keeps `split_special_tokens` as a state of its own, which another thread's call would change in between
+_ENCODING = threading.Lock()
 _QUESTION, _REPLY = "\x00question\x00", "\x00reply\x00"  # stand for words while the chat template is applied
 
 
@@ -106,7 +109,8 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Raises ValueError where the tokenizer makes a control token of it all the same.
     """
-    ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    with _ENCODING:
+        ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
     forged = set(ids) & {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     if forged:
         names = tokenizer.convert_ids_to_tokens(sorted(forged))
@@ -236,11 +240,7 @@ def _prompts(
     parts = [part.split(_QUESTION) for part in applied.replace(slot, image).split(_REPLY)]
     fits = applied.count(slot) == 1 and [len(part) for part in parts] == [2] * len(questions)
     prompts = [
-        [
-            *tokenizer.encode(before, add_special_tokens=False),
-            *plain_ids(tokenizer, question),
-            *tokenizer.encode(after, add_special_tokens=False),
-        ]
+        [*_control_ids(tokenizer, before), *plain_ids(tokenizer, question), *_control_ids(tokenizer, after)]
         for (before, after), question in (zip(parts, questions, strict=True) if fits else ())
     ]
     end = _end_of_turn(tokenizer)
@@ -250,6 +250,12 @@ def _prompts(
             f"questions, each reply to end with {tokenizer.eos_token!r}: expected a ChatML template as InternVL's"
         )
     return [prompts[0], *(ids[1:] for ids in prompts[1:])]
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a part of the template, in which a control token's spelling is that token."""
+    with _ENCODING:
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

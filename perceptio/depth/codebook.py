@@ -160,6 +160,11 @@ class DepthCodebook(nn.Module):
         of other names or shapes.
         """
         folder = Path(folder)
+        if missing := [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]:
+            raise FileNotFoundError(
+                f"{folder}: {' and '.join(missing)} missing, expected a depth codebook: make one with"
+                " `perceptio codebook`, or name its folder"
+            )
         values = json.loads((folder / CONFIG_NAME).read_text())
         known = {field.name for field in fields(CodebookConfig)}
         if set(values) != known:

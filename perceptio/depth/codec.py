@@ -103,8 +103,9 @@ class DepthCodec:
         """Inverse depth (B, S, S), clamped to [0, 1], that distributions over codes imply; differentiable.
 
         q = softmax(logits / temperature), z = q @ vectors, through the frozen decoder (soft merging: paper; this form:
-        reconstruction). As temperature -> 0 it equals `decode` of the most likely codes. Raises ValueError for
-        temperature <= 0 or another shape than (B, N, K).
+        reconstruction). A pixel that leaves [0, 1] is read as the border, and has no gradient. As temperature -> 0 it
+        equals `decode` of the most likely codes. Raises ValueError for temperature <= 0 or another shape than
+        (B, N, K).
         """
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, expected > 0; for hard codes use decode()")

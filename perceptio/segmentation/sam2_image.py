@@ -173,7 +173,9 @@ class Sam2ImageModel(nn.Module):
             raise ValueError(
                 f"pixels are {tuple(pixels_B3SS.shape)}, expected [B, 3, {size}, {size}]; use preprocess()"
             )
-        s0, s1, embedding_BCHW = self.image_encoder(pixels_B3SS)["backbone_fpn"]
+        # in the weights' type: the package's neck adds its levels up in float32 whatever they are in
+        features = self.image_encoder(pixels_B3SS)["backbone_fpn"]
+        s0, s1, embedding_BCHW = (level.to(self.no_mem_embed.dtype) for level in features)
         return Sam2Features(
             embedding_BCHW + self.no_mem_embed.view(1, PROMPT_DIM, 1, 1),
             self.sam_mask_decoder.conv_s0(s0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -153,6 +154,15 @@ def test_image_tokens_count_every_tile() -> None:
 def test_a_dialogue_that_is_too_long_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="sample plain: 11 tokens, expected at most 10"):
         batch(*three()[::2], max_length=10)
+
+
+def test_room_for_another_number_of_image_tokens_is_refused_where_a_neighbour_makes_up_for_it() -> None:
+    items = list(three())
+    for at, change in ((0, 1), (2, -1)):
+        other = dataclasses.replace(items[at].dialogue, image_tokens=items[at].dialogue.image_tokens + change)
+        items[at] = dataclasses.replace(items[at], dialogue=other)
+    with pytest.raises(ValueError, match="sample plain: its image makes 4 image tokens, its dialogue has room for 5"):
+        batch(*items)
 
 
 def test_parts_that_are_not_each_others_are_refused_by_name() -> None:

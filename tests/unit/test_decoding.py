@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ NEAR = 1e-4  # two logits that are closer may change places with the size of a b
 WORDS = 6
 PARTS: list[tuple[Part, Part]] = [
     ("on", "on"), ("off", "off"), ("auto", "auto"), ("on", "off"), ("off", "on"), ("auto", "on"), ("on", "auto"),
-    ("off", "auto"),
+    ("off", "auto"), ("auto", "off"),
 ]  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def perceiver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def requests() -> list[Request]:
     rng = np.random.default_rng(0)
-    sizes = [(128, 128), (60, 90), (90, 60), (32, 32)] * 2
+    sizes = [(128, 128), (60, 90), (90, 60)] * 3
     return [
         Request(rng.integers(0, 256, (*size, 3), dtype=np.uint8), f"{'Is it so? ' * number}What is it?", *parts)
         for number, (size, parts) in enumerate(zip(sizes, PARTS, strict=True))
@@ -66,16 +68,18 @@ def distances(perceiver: Perceiver, request: Request, ids: list[int]) -> tuple[l
     logits_TV = perceiver.model.lm_head(hidden_TD)[ids_BT.shape[1] - 1 :]
     grammar, state, found = perceiver.processor.grammar(request.segmentation, request.depth), State(), []
     kind_V = kinds_of(grammar, logits_TV.shape[1], perceiver.eos_id)
-    for logits_V, token_id in zip(logits_TV, ids, strict=False):
+    for logits_V, token_id in zip(logits_TV, ids, strict=False):  # the last state has no token of its own
         (open_V,) = open_tokens([grammar.allowed(state)], kind_V)
         found.append(float(logits_V[open_V].max() - logits_V[token_id]))
-        state = grammar.advance(state, token_id)
+        if token_id != perceiver.eos_id:
+            state = grammar.advance(state, token_id)
     return found, hidden_TD[ids_BT.shape[1] :]
 
 
 def test_every_token_is_the_best_that_may_come_and_near_ties_alone_tell_ways_apart(perceiver: Perceiver) -> None:
     asked = requests()
-    together = [reply.ids for reply in written(perceiver, asked)]
+    replies = written(perceiver, asked)
+    together = [reply.ids for reply in replies]
     alone = [reply.ids for request in asked for reply in written(perceiver, [request])]
     grammars = [perceiver.processor.grammar(request.segmentation, request.depth) for request in asked]
     limit = max(len(ids) for ids in together)
@@ -97,12 +101,13 @@ def test_every_token_is_the_best_that_may_come_and_near_ties_alone_tell_ways_apa
             )
         ]
     near_ties = 0
-    for replies in ways.values():
-        for request, ids in zip(asked, replies, strict=True):
+    ended = [reply.ids + [perceiver.eos_id] * (reply.finish == "stop") for reply in replies]
+    for found in (*ways.values(), ended):
+        for request, ids in zip(asked, found, strict=True):
             below, _ = distances(perceiver, request, ids)
             assert max(below, default=0.0) <= NEAR
             near_ties += sum(distance > 0 for distance in below)
-    differing = sum(other != ours for replies in ways.values() for other, ours in zip(replies, together, strict=True))
+    differing = sum(other != ours for found in ways.values() for other, ours in zip(found, together, strict=True))
     print(f"{near_ties} near ties, {differing} of {3 * len(asked)} replies differ")
     assert near_ties or not differing
     assert len({tuple(ids) for ids in together}) > 4, "they must not all write the same"
@@ -199,6 +204,27 @@ def test_nothing_runs_twice_and_inside_the_block_the_head_has_k_rows(
     words = len(reply.ids) - perceiver.codec.tokens - 2 + (reply.finish == "stop")
     assert rows == [codes] * perceiver.codec.tokens + [size] * words  # markers are forced: no head at all
     assert seen["vision"] == 1 and seen["language"] == len(reply.ids) + (reply.finish == "stop")
+
+
+def test_masks_and_depth_of_a_batch_come_from_one_pass_of_each_part(perceiver: Perceiver) -> None:
+    asked = [request for request in requests() if "on" in (request.segmentation, request.depth)]
+    sam2, seen = perceiver.model.segmenter.sam2, Counter[str]()
+    parts = {"vision": perceiver.model.model.vision_tower, "trunk": sam2.image_encoder, "masks": sam2.sam_mask_decoder}
+    handles = [
+        part.register_forward_pre_hook(lambda *_, name=name: seen.update([name])) for name, part in parts.items()
+    ]
+    found = perceiver.perceive(asked, max_new_tokens=WORDS)
+    for handle in handles:
+        handle.remove()
+    assert sum(len(one.masks_MHW) > 0 for one in found) >= 2 and sum(one.inv_depth_HW is not None for one in found) >= 2
+    assert seen == {"vision": 1, "trunk": 1, "masks": 1}
+
+
+def test_a_processor_of_another_model_is_refused_with_both_values(perceiver: Perceiver) -> None:
+    other = copy.copy(perceiver.processor)
+    other.max_objects = 7
+    with pytest.raises(ValueError, match="max_objects: the model's is 2, the processor's 7: load both from one folder"):
+        Perceiver(perceiver.model, other)
 
 
 def test_a_batch_answers_long_after_its_first_reply_ended(perceiver: Perceiver) -> None:

@@ -1,5 +1,6 @@
 """Codes are the same whatever the batch, decoding is bounded, soft merging is differentiable and ends in hard codes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def test_a_maps_codes_do_not_depend_on_its_batch(codec: DepthCodec) -> None:
     assert torch.equal(together, codec.encode(many.flip(0)).flip(0))
     assert torch.equal(together, codec.codebook.nearest(z))
     assert codec.encode(many[:0]).shape == (0, codec.tokens)
+
+
+def test_at_full_size_no_code_flips_with_batch_order_or_threads(record_property: Callable[[str, object], None]) -> None:
+    torch.manual_seed(0)
+    codebook = DepthCodebook(CodebookConfig()).train()
+    side = codebook.config.image_size
+    ramps = torch.linspace(0, 1, side).expand(12, side, side) * torch.linspace(0.2, 1, 12)[:, None, None]
+    many = torch.cat([ramps, maps(4, size=side), (ramps[:2] + 0.05 * maps(2, size=side)).clamp(0, 1)])
+    with torch.no_grad():
+        codebook(many)  # k-means: every code is some map's
+    codec = DepthCodec(codebook)
+    together = codec.encode(many)
+    order = torch.randperm(len(many))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    others = [codec.encode(many)]
+    torch.set_num_threads(threads)
+    others += [torch.cat([codec.encode(part) for part in many.split(size)]) for size in (1, 3)]
+    others += [codec.encode(many[order])[order.argsort()]]
+    flips = [int((codes != together).sum()) for codes in others]
+    record_property("flips", flips)
+    assert len(together.unique()) > 32, "few codes in use: too easy"
+    assert flips == [0, 0, 0, 0], f"of {together.numel()} codes each"
 
 
 def test_encoding_ignores_autocast_and_refuses_half_precision(codec: DepthCodec) -> None:

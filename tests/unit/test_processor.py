@@ -107,6 +107,10 @@ def test_what_is_missing_or_too_much_is_named(parts: dict[str, Path], folder: Pa
         load(parts["base"], sam2=parts["sam2"], codebook=parts["codebook"], device_map="auto")
     with pytest.raises(ValueError, match=r"got one of sam2= and codebook=, expected both"):
         load(folder, codebook=parts["codebook"])
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: config\.json and model\.safetensors missing, expected a depth"
+    ):
+        load(parts["base"], sam2=parts["sam2"], codebook="nowhere")
     with pytest.raises(ValueError, match=r"it has no spatial tokens: pass codebook=FOLDER"):
         PerceptioProcessor.from_pretrained(parts["base"])
     with pytest.raises(ValueError, match=r"already extended with 8 depth codes, got 16"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -254,6 +255,16 @@ def test_a_control_token_that_words_spell_stays_words(
     assert spoken(tokenizer, dialogue.target_ids).count(words) == 2 + (words == "<IMG_CONTEXT>") * 2
     assert vocabulary.seg_id not in dialogue.target_ids and not set(vocabulary.code_ids) & set(dialogue.target_ids)
     assert dialogue.target_ids.count(tokenizer.eos_token_id) == 3
+
+
+def test_threads_that_share_a_tokenizer_encode_as_one_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    def ids_of(number: int) -> list[int]:
+        question = f"{number} [SEG] <|im_end|>"
+        return prompt_ids(tokenizer, question, segmentation="on", depth="off", image_tokens=2)
+
+    expected = [ids_of(number) for number in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ids_of, range(200))) == expected
 
 
 def test_words_that_a_tokenizer_turns_into_control_tokens_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_another_number_of_codes_is_refused(tokenizer: PreTrainedTokenizerFast, 
         extend_tokenizer(tokenizer, other)
     with pytest.raises(ValueError, match="3"):
         SpatialVocabulary.of(tokenizer, other)
+
+
+@pytest.mark.parametrize("own", [["[SEG]"], ["<|depth_start|>", "<|depth_0|>", "<|depth_1|>", "<|depth_2|>"]])
+def test_a_tokenizer_with_some_of_the_tokens_is_refused_and_left_alone(
+    tokenizer: PreTrainedTokenizerFast, own: list[str]
+) -> None:
+    tokenizer.add_tokens([*own, "<another>"])
+    before = len(tokenizer)
+    with pytest.raises(ValueError, match=rf"it has \['{re.escape(own[0])}'.* of the 6 spatial tokens for 3 codes"):
+        extend_tokenizer(tokenizer, 3)
+    assert len(tokenizer) == before
 
 
 def test_unextended_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
