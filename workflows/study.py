@@ -89,6 +89,7 @@ def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -
     """Trains and asks one arm, and writes its result."""
     own = arm_recipe(recipe, arm, seed)
     pipeline.run(recipe.model_copy(update={"study": None}), pipeline.DATA)
+    _same_data(recipe, root, finished, arm, seed)
     _make_way(recipe, root, own)
     seconds = pipeline.run(own, pipeline.MODEL)
     evaluation = json.loads(root.read("eval", evaluate.METRICS) or b"{}")
@@ -106,6 +107,24 @@ def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -
         **_marks(root, evaluation["evaluation"]),
     }
     finished.write(json.dumps(result, separators=(",", ":")).encode() + b"\n", _name(arm, seed))
+
+
+def _same_data(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -> None:
+    """Raises OtherInputsError where a finished run of this seed, with which the arm may be paired, had other data.
+
+    Another machine rounds otherwise, so its teacher, its codebook and what is made with them are others.
+    """
+    own = train.inputs(arm_recipe(recipe, arm, seed), root)
+    data = [name for name in own if name == "codebook" or name.startswith("samples/")]
+    for other, its_seed in in_order(recipe):
+        run = _result(finished, other, seed, arm_recipe(recipe, other, seed)) if its_seed == seed else None
+        seen: dict[str, str] = run["inputs"] if run else {}
+        for name in data:
+            if seen.get(name, own[name]) != own[name]:
+                raise OtherInputsError(
+                    f"{finished.at(_name(other, seed))}: its {name} is {seen[name][:16]}, {root.uri} has"
+                    f" {own[name][:16]}: finish a seed where it began, or delete that seed's runs"
+                )
 
 
 def _make_way(recipe: Recipe, root: Root, own: Recipe) -> None:

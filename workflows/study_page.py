@@ -41,6 +41,7 @@ FIGURES = {  # name -> title, whether higher is better
     "yes_no_accuracy": ("Yes or no", True),
 }
 BESIDE = {"generated_depth_mae": "reconstruction_mae"}  # a figure's ceiling
+SAID = ("arm", "seed", "code", "machine", "precision", "seconds")  # of a run
 Run = Mapping[str, Any]
 
 
@@ -90,7 +91,7 @@ def write(recipe: Recipe, finished: Root, runs: Sequence[Run]) -> str:
             for arm, against in differences.items()
         },
         "ceilings": ceilings,
-        "runs": [{key: run[key] for key in ("arm", "seed", "code", "machine", "precision", "seconds")} for run in runs],
+        "runs": [{key: run[key] for key in SAID} | {"codebook": run["inputs"]["codebook"][:8]} for run in runs],
     }
     finished.write(json.dumps(summary, indent=1).encode() + b"\n", "study.json")
     page = render(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,17 @@ def test_a_run_made_with_other_settings_is_refused(studied: Recipe) -> None:
     longer = studied.train.model_copy(update={"steps": 3})
     with pytest.raises(OtherInputsError, match=r"text-1\.json: was made with settings"):
         study.run(studied.model_copy(update={"train": longer}))
+
+
+def test_a_seed_is_not_finished_on_other_data(studied: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(Path(studied.root) / "study", tmp_path / "study")
+    (tmp_path / "study" / "full-1.json").unlink()
+    made = tmp_path / "study" / "text-1.json"
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"inputs": {"codebook": "another's"}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "DATA", {})
+        with pytest.raises(OtherInputsError, match=r"text-1\.json: its codebook is another's.*finish a seed where"):
+            study.run(studied, str(tmp_path / "study"))
 
 
 def test_a_model_that_is_none_of_the_studys_is_left_alone(studied: Recipe) -> None:

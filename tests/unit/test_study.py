@@ -88,6 +88,7 @@ def run(arm: str, seed: int, right: dict[str, int]) -> dict[str, Any]:
         "code": "c",
         "machine": "m",
         "precision": "fp32",
+        "inputs": {"codebook": "0123456789abcdef"},
         "seconds": {"train": 1, "evaluate": 2},
         "scenes": list(right),
         "metrics": metrics,
