@@ -71,13 +71,15 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
     def _read(self, input_ids_BT: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
         """What the model reads; without any image, its words beside an empty tile that changes nothing.
 
-        Every rank must run every trained part, so the vision tower runs in any case.
+        Every rank must run every trained part, and in the same order: words first, then the vision tower (ZeRO-3 gathers
+        the weights of each as it comes).
         """
         if len(pixel_values):
             return {"input_ids": input_ids_BT, "pixel_values": pixel_values}
+        embeds_BTD = self.get_input_embeddings()(input_ids_BT)
         height, width = self.config.vision_config.image_size
         tile = self.model.get_image_features(pixel_values=pixel_values.new_zeros(1, 3, height, width))
-        return {"inputs_embeds": self.get_input_embeddings()(input_ids_BT) + 0 * tile.pooler_output.sum()}
+        return {"inputs_embeds": embeds_BTD + 0 * tile.pooler_output.sum()}
 
     def image_features(self, pixels_B3SS: Tensor) -> Sam2Features:
         """SAM2's features of preprocessed images; the trunk is frozen, its two high-res convolutions are not."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, InternVLForConditionalGeneration
+from transformers import AutoProcessor, GotOcr2ImageProcessor, InternVLForConditionalGeneration
 
+from perceptio.data.collator import count_image_tokens
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import PerceptioProcessor, Request
 from perceptio.vocabulary import extend_tokenizer
@@ -95,6 +96,43 @@ def test_an_internvl_becomes_a_perceptio(tmp_path: Path, text_model: str, tied: 
     base = InternVLForConditionalGeneration.from_pretrained(parts["base"])
     torch.testing.assert_close(model.get_parameter("model.vision_tower.embeddings.cls_token"),
                                base.get_parameter("model.vision_tower.embeddings.cls_token"))  # fmt: skip
+
+
+def internvl_grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:
+    """Columns and rows of tiles by InternVL's rule: nearest aspect ratio, of equals the last that is half filled."""
+    grids = [(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if 1 <= i * j <= most]
+    best, gap = (1, 1), float("inf")
+    for columns, rows in sorted(set(grids), key=lambda grid: grid[0] * grid[1]):
+        difference = abs(width / height - columns / rows)
+        if difference < gap or (difference == gap and width * height > 0.5 * side * side * columns * rows):
+            best, gap = (columns, rows), difference
+    return best
+
+
+def test_one_to_twelve_tiles_and_a_thumbnail_are_read_as_each_image_alone_is(folder: Path) -> None:
+    model = PerceptioForConditionalGeneration.from_pretrained(folder).eval()
+    processor = PerceptioProcessor.from_pretrained(folder)
+    side = processor.image_processor.size["height"]
+    processor.image_processor = GotOcr2ImageProcessor(
+        size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=12
+    )
+    rng = np.random.default_rng(0)
+    sizes = [(side, side), (side, 2 * side), (3 * side, 4 * side)]
+    asked = [Request(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "What is it?", "off", "off") for size in sizes]
+    batch = processor.ask(asked)
+    slots_B = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert slots_B == [tiles * processor.image_seq_length for tiles in (1, 2 + 1, 12 + 1)]
+    assert slots_B == [count_image_tokens(processor, *size) for size in sizes]
+    assert len(batch["pixel_values"]) == 17
+    with torch.no_grad():
+        together = model(**batch).logits[:, -1]
+        alone = torch.cat([model(**processor.ask([request])).logits[:, -1] for request in asked])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 1e-3, "the images must matter"
+    for height, width in rng.integers(20, 900, (40, 2)).tolist():
+        columns, rows = internvl_grid(height, width, side, 12)
+        tiles = columns * rows + (columns * rows > 1)
+        assert count_image_tokens(processor, height, width) == tiles * processor.image_seq_length, (height, width)
 
 
 def test_what_is_missing_or_too_much_is_named(parts: dict[str, Path], folder: Path) -> None:
