@@ -71,14 +71,14 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
     def _read(self, input_ids_BT: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
         """What the model reads; without any image, its words beside an empty tile that changes nothing.
 
-        Every rank must run every trained part, and in the same order: words first, then the vision tower (ZeRO-3 gathers
-        the weights of each as it comes).
+        So every trained part runs, as on ranks that have images. Under ZeRO-3 that is not enough: the order of modules
+        is another one, and ranks with and without images wait for each other for ever. No table holds such rows.
         """
         if len(pixel_values):
             return {"input_ids": input_ids_BT, "pixel_values": pixel_values}
         embeds_BTD = self.get_input_embeddings()(input_ids_BT)
-        height, width = self.config.vision_config.image_size
-        tile = self.model.get_image_features(pixel_values=pixel_values.new_zeros(1, 3, height, width))
+        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+        tile = self.model.get_image_features(pixel_values=blank)
         return {"inputs_embeds": embeds_BTD + 0 * tile.pooler_output.sum()}
 
     def image_features(self, pixels_B3SS: Tensor) -> Sam2Features:
