@@ -70,7 +70,8 @@ def test_serving_without_a_model_says_what_to_run() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    assert_refused(["serve", "--root", "run", "--set", f"serve.port={port}"], "run `train` first")
+    settings = ["--set", f"serve.port={port}", "--set", "serve.fallback=none"]
+    assert_refused(["serve", "--root", "run", *settings], "run `train` first")
 
 
 def test_rooms_are_written_into_an_empty_folder_only() -> None:
