@@ -23,10 +23,11 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 on the PATH: install one, or say make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# install, not sync: a sync would remove uv from .venv
+# install, not sync: a sync would remove uv from .venv; compiled here once, since a worker that may not write bytecode
+# (PYTHONDONTWRITEBYTECODE, a read-only image) would compile torch and all else at each of its starts
 $(STAMP): requirements.lock pyproject.toml | $(BIN)/python
 	@command -v uv > /dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 

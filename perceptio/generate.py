@@ -59,12 +59,13 @@ class Perceiver:
 
     @torch.inference_mode()
     def perceive(
-        self, requests: Sequence[Request], *, max_new_tokens: int, use_grammar: bool = True
+        self, requests: Sequence[Request], *, max_new_tokens: int, use_grammar: bool = True, make_parts: bool = True
     ) -> list[Perception]:
         """One perception per request, greedily decoded in one batch.
 
         `max_new_tokens` bounds the text; the spatial block comes on top. Without the grammar the model writes what it
-        likes, and `reply.problem` says what is wrong with it.
+        likes, and `reply.problem` says what is wrong with it. Without `make_parts` neither masks nor maps are made of
+        the tokens.
         """
         if not requests:
             return []
@@ -85,9 +86,9 @@ class Perceiver:
         replies = [reply.grammar.parse(reply.ids) for reply in written]
         # what stands behind a reply's first violation is not read
         states = [reply.seg_states[: read.objects] for reply, read in zip(written, replies, strict=True)]
-        masks = self._masks(requests, states)
+        masks = self._masks(requests, states if make_parts else [[] for _ in requests])
         masked = time.perf_counter()
-        depths = self._depths(requests, replies)
+        depths = self._depths(requests, replies) if make_parts else [None] * len(requests)
         seconds = {"generate": generated - started, "masks": masked - generated, "depth": time.perf_counter() - masked}
         return [self._perception(*parts, seconds) for parts in zip(written, replies, masks, depths, strict=True)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
@@ -57,29 +57,41 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         With `packed_to`, right-padded samples are read behind one another, in rows of at most so many tokens. A batch
         of words alone has no tiles in `pixel_values`.
         """
+        if len(pixel_values) == 0:
+            return self._words_alone(input_ids_BT, attention_mask_BT, pixel_values, packed_to=packed_to)
         if packed_to is None:
-            read = self._read(input_ids_BT, pixel_values)
-            output = self.model(attention_mask=attention_mask_BT, use_cache=False, **read)
+            output = self.model(
+                input_ids=input_ids_BT, attention_mask=attention_mask_BT, pixel_values=pixel_values, use_cache=False
+            )
             return torch.as_tensor(output.last_hidden_state)
         packing = Packing.of(attention_mask_BT.sum(1).tolist(), packed_to)
         positions_RL, sees_R1LL = packing.positions_and_sight(input_ids_BT.device)
-        ids_RL = packing.packed(input_ids_BT, int(self.config.get_text_config().pad_token_id or 0))
-        read = self._read(ids_RL, pixel_values)
-        output = self.model(attention_mask=sees_R1LL, position_ids=positions_RL, use_cache=False, **read)
+        output = self.model(
+            input_ids=packing.packed(input_ids_BT, int(self.config.get_text_config().pad_token_id or 0)),
+            attention_mask=sees_R1LL,
+            position_ids=positions_RL,
+            pixel_values=pixel_values,
+            use_cache=False,
+        )
         return packing.unpacked(output.last_hidden_state, input_ids_BT.shape[1])
 
-    def _read(self, input_ids_BT: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
-        """What the model reads; without any image, its words beside an empty tile that changes nothing.
+    def _words_alone(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, pixel_values: Tensor, *, packed_to: int | None
+    ) -> Tensor:
+        """`hidden_states` of samples without any image: one more sample, an empty tile, is read and changes nothing.
 
-        So every trained part runs, as on ranks that have images. Under ZeRO-3 that is not enough: the order of modules
-        is another one, and ranks with and without images wait for each other for ever. No table holds such rows.
+        So this rank runs the same modules in the same order as ranks that have images; under ZeRO-3 they would wait for
+        each other for ever.
         """
-        if len(pixel_values):
-            return {"input_ids": input_ids_BT, "pixel_values": pixel_values}
-        embeds_BTD = self.get_input_embeddings()(input_ids_BT)
+        samples, tokens = input_ids_BT.shape
+        slots = int(self.config.image_seq_length)
+        room = (0, max(slots - tokens, 0), 0, 1)  # at the right, and a row below
+        ids_BT = nn.functional.pad(input_ids_BT, room, value=int(self.config.get_text_config().pad_token_id or 0))
+        mask_BT = nn.functional.pad(attention_mask_BT, room)
+        ids_BT[samples, :slots], mask_BT[samples, :slots] = int(self.config.image_token_id), 1
         blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        tile = self.model.get_image_features(pixel_values=blank)
-        return {"inputs_embeds": embeds_BTD + 0 * tile.pooler_output.sum()}
+        hidden_BTD = self.hidden_states(ids_BT, mask_BT, blank, packed_to=packed_to)
+        return hidden_BTD[:samples, :tokens] + 0 * hidden_BTD[samples].sum()
 
     def image_features(self, pixels_B3SS: Tensor) -> Sam2Features:
         """SAM2's features of preprocessed images; the trunk is frozen, its two high-res convolutions are not."""

@@ -35,7 +35,10 @@ WEIGHTS = LossWeights(
 ENTRIES = [
     MixtureEntry(source="referring", weight=1, segmentation=True, depth=True),
     MixtureEntry(source="plain", weight=1, segmentation=False, depth=False),
+    MixtureEntry(source="masks", weight=1, segmentation=True, depth=False),
+    MixtureEntry(source="maps", weight=1, segmentation=False, depth=True),
 ]
+BOTH, WORDS, MASKS, DEPTH = range(len(ENTRIES))  # which spatial parts a sample has
 
 
 def sample(number: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,36 @@ from safetensors.torch import save_file
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import set_trainable
-from tests.batches import ENTRIES, WEIGHTS, batch_of
+from tests.batches import ENTRIES, WEIGHTS, batch_of, without_images
 
 STEPS, RATE = 2, 1e-2
 
 
-def trained(
-    rank: int, stages: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], parts: dict[str, Path], out: Path
-) -> None:
-    """Trains on this rank's micro-batches with each stage in turn, from the same start, and saves what it then has.
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: numbers of `tests.batches.sample`, and the place in ENTRIES of what each has."""
 
-    `shares` holds for each rank its micro-batches, of numbers of `tests.batches.sample`: even ones have masks and a
-    depth block, odd ones words alone.
-    """
+    samples: tuple[tuple[int, int], ...]
+    images: bool = True
+
+
+Share = Sequence[Micro]  # what one rank reads of a global batch
+
+
+def trained(
+    rank: int, stages: Sequence[int], shares: Sequence[Share], parts: dict[str, Path], packed_to: int | None, out: Path
+) -> None:
+    """Trains on this rank's share with each stage in turn, from the same start; saves that and what it then has."""
     torch.set_num_threads(1)
     world = len(shares)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # as Ray Train sets them
     dist.init_process_group("gloo", init_method=f"file://{out / 'store'}", rank=rank, world_size=world)
     for stage in stages:
-        _trained(stage, shares[rank], parts, out / f"{rank}-{stage}.safetensors")
+        _trained(stage, shares[rank], parts, packed_to, out / f"{rank}-{stage}.safetensors")
     dist.destroy_process_group()
 
 
-def _trained(stage: int, share: Sequence[Sequence[int]], parts: dict[str, Path], out: Path) -> None:
+def _trained(stage: int, share: Share, parts: dict[str, Path], packed_to: int | None, out: Path) -> None:
     import deepspeed
 
     torch.manual_seed(0)
@@ -44,10 +52,14 @@ def _trained(stage: int, share: Sequence[Sequence[int]], parts: dict[str, Path],
         parts["base"], parts["sam2"], parts["codebook"], max_objects=2
     )
     set_trainable(model, vision=True, projector=True, language="full", embeddings=True)
-    batches = [batch_of((model, processor), [(number, number % 2) for number in numbers]) for numbers in share]
-    objective = Objective(model.train(), WEIGHTS, len(ENTRIES))
+    start = {f"start.{name}": p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    batches = []
+    for micro in share:
+        batch = batch_of((model, processor), micro.samples)
+        batches.append(batch if micro.images else without_images((model, processor), batch))
+    objective = Objective(model.train(), WEIGHTS, len(ENTRIES), packed_to=packed_to)
     config = {
-        "train_micro_batch_size_per_gpu": len(share[0]),
+        "train_micro_batch_size_per_gpu": len(share[0].samples),
         "gradient_accumulation_steps": len(share),
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
@@ -58,7 +70,11 @@ def _trained(stage: int, share: Sequence[Sequence[int]], parts: dict[str, Path],
     engine: Any
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
     reports = [train_step(engine, batches, [entry.source for entry in ENTRIES]) for _ in range(STEPS)]
-    losses = torch.tensor([[report.loss, *report.terms.values()] for report in reports])
+    found = {
+        "losses": torch.tensor([[report.loss, *report.terms.values()] for report in reports]),
+        "gradient_norms": torch.tensor([report.gradient_norm for report in reports]),
+    }
     names = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     with deepspeed.zero.GatheredParameters([p for _, p in names], enabled=stage == 3):
-        save_file({"losses": losses} | {name: p.detach().clone().contiguous() for name, p in names}, out)
+        end = {name: p.detach().clone().contiguous() for name, p in names}
+        save_file(found | start | end, out)

@@ -9,8 +9,9 @@ Needs   CPUs or accelerators for evaluate.pool
 
 NAME is the model's digest and that of everything else that the figures depend on. Each pass asks every model the same
 way: `model` (grammar on), `free` (grammar off, fewer questions), `blank` (the image removed), and the untrained start
-in `untrained` and `untrained_free`. A pass whose predictions stand is not asked again. The model is asked for what the
-mixture teaches: one that was taught no depth tokens answers without, one without masks is asked for none.
+in `untrained` and `untrained_free`. A free pass is scored by its tokens: no masks are made of it. A pass whose
+predictions stand is not asked again. The model is asked for what the mixture teaches: one that was taught no depth
+tokens answers without, one without masks is asked for none.
 """
 
 from __future__ import annotations
@@ -107,7 +108,10 @@ class Asker:
         how = PASSES[name]
         requests = [_request(row, how.image) for row in rows]
         found = self._perceiver(how.trained).perceive(
-            requests, max_new_tokens=self.recipe.evaluate.max_new_tokens, use_grammar=how.grammar
+            requests,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            use_grammar=how.grammar,
+            make_parts=how.grammar,  # a free pass is scored by its tokens
         )
         answers = [_prediction(row, perception, how.grammar) for row, perception in zip(rows, found, strict=True)]
         return pa.Table.from_pylist(answers, schema=ANSWERS)

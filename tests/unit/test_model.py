@@ -69,6 +69,14 @@ def test_without_the_grammar_random_weights_are_malformed(folder: Path) -> None:
     assert not all(answer.reply.well_formed for answer in loose)
 
 
+def test_what_is_written_does_not_depend_on_whether_parts_are_made_of_it(folder: Path) -> None:
+    perceiver = Perceiver.from_pretrained(str(folder))
+    for made, bare in zip(ask(perceiver), ask(perceiver, make_parts=False), strict=True):
+        assert (bare.reply, bare.text, bare.finish) == (made.reply, made.text, made.finish)
+        assert len(bare.masks_MHW) == 0 and bare.inv_depth_HW is None
+    assert len(ask(perceiver)[0].masks_MHW) > 0 and ask(perceiver)[0].inv_depth_HW is not None
+
+
 def test_a_request_does_not_depend_on_its_neighbours(folder: Path) -> None:
     perceiver = Perceiver.from_pretrained(str(folder))
     together = ask(perceiver)
