@@ -28,23 +28,28 @@ class Micro:
     images: bool = True
 
 
-Share = Sequence[Micro]  # what one rank reads of a global batch
+@dataclass(frozen=True)
+class Run:
+    """A training: its name, ZeRO's stage, and each rank's micro-batches of the global batch."""
+
+    name: str
+    stage: int
+    shares: tuple[tuple[Micro, ...], ...]
+    packed_to: int | None = None
 
 
-def trained(
-    rank: int, stages: Sequence[int], shares: Sequence[Share], parts: dict[str, Path], packed_to: int | None, out: Path
-) -> None:
-    """Trains on this rank's share with each stage in turn, from the same start; saves that and what it then has."""
+def trained(rank: int, runs: Sequence[Run], parts: dict[str, Path], out: Path) -> None:
+    """Does this rank's part of every training, each from the same start; saves that start and what it then has."""
     torch.set_num_threads(1)
-    world = len(shares)
+    world = len(runs[0].shares)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # as Ray Train sets them
     dist.init_process_group("gloo", init_method=f"file://{out / 'store'}", rank=rank, world_size=world)
-    for stage in stages:
-        _trained(stage, shares[rank], parts, packed_to, out / f"{rank}-{stage}.safetensors")
+    for run in runs:
+        _trained(run, run.shares[rank], parts, out / f"{run.name}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def _trained(stage: int, share: Share, parts: dict[str, Path], packed_to: int | None, out: Path) -> None:
+def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Path) -> None:
     import deepspeed
 
     torch.manual_seed(0)
@@ -57,11 +62,11 @@ def _trained(stage: int, share: Share, parts: dict[str, Path], packed_to: int | 
     for micro in share:
         batch = batch_of((model, processor), micro.samples)
         batches.append(batch if micro.images else without_images((model, processor), batch))
-    objective = Objective(model.train(), WEIGHTS, len(ENTRIES), packed_to=packed_to)
+    objective = Objective(model.train(), WEIGHTS, len(ENTRIES), packed_to=run.packed_to)
     config = {
         "train_micro_batch_size_per_gpu": len(share[0].samples),
         "gradient_accumulation_steps": len(share),
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": run.stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -75,6 +80,6 @@ def _trained(stage: int, share: Share, parts: dict[str, Path], packed_to: int | 
         "gradient_norms": torch.tensor([report.gradient_norm for report in reports]),
     }
     names = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    with deepspeed.zero.GatheredParameters([p for _, p in names], enabled=stage == 3):
+    with deepspeed.zero.GatheredParameters([p for _, p in names], enabled=run.stage == 3):
         end = {name: p.detach().clone().contiguous() for name, p in names}
         save_file(found | start | end, out)
