@@ -201,8 +201,19 @@ class MixtureEntry(Section):
     weight: Annotated[float, Field(gt=0)]
     kinds: tuple[str, ...] = Field(default=(), description="kinds of turns used; [] = all, or none for depth-only")
     segmentation: bool = Field(description="write [SEG] tokens where the record has masks")
+    boxes: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="what masks would answer is asked as `Where is EXPRESSION?` and answered by boxes in words,"
+        " [[x0, y0, x1, y1]] in so many parts of a side (InternVL's own: 1000)",
+    )
     depth: bool = Field(description="write the depth block")
     max_turns: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> MixtureEntry:
+        if self.segmentation and self.boxes is not None:
+            raise ValueError(f"segmentation is true and boxes is {self.boxes}: an expression has one kind of answer")
+        return self
 
 
 class TrainRecipe(Section):

@@ -33,7 +33,7 @@ from workflows.folders import require
 from workflows.store import OtherInputsError, Root, StageError, open_root
 
 DIGITS = 6  # of a mark in a finished run's file
-BOXES = "box"  # how a text-only arm is asked for what the others segment
+BOX_PARTS = 100  # of a side: how an arm without masks says in words where that is which the others segment
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ def arm_recipe(recipe: Recipe, arm: StudyArm, seed: int) -> Recipe:
 def _entry(entry: MixtureEntry, arm: StudyArm) -> MixtureEntry:
     changes: Row = {} if arm.depth != "none" else {"depth": False}
     if entry.segmentation and not arm.segmentation:
-        changes |= {"segmentation": False, "kinds": (BOXES,)}
+        changes |= {"segmentation": False, "boxes": BOX_PARTS}
     return entry.model_copy(update=changes)
 
 

@@ -40,6 +40,19 @@ def rle_to_mask(rle: Mapping[str, Any]) -> Bools:
     return np.repeat(inside, runs).reshape(width, height).T.copy()
 
 
+def box_within(mask_HW: Bools, parts: int) -> tuple[int, int, int, int]:
+    """First and last column and row of a mask, x0, y0, x1, y1, in `parts` of a side, 0 to parts - 1, rounded down.
+
+    Raises ValueError for an empty mask.
+    """
+    if not mask_HW.any():
+        raise ValueError(f"a mask of {mask_HW.shape[0]} x {mask_HW.shape[1]} pixels is empty, expected an object")
+    (height, width), rows, columns = mask_HW.shape, np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    x0, x1 = (int(x) * parts // width for x in columns[[0, -1]])
+    y0, y1 = (int(y) * parts // height for y in rows[[0, -1]])
+    return x0, y0, x1, y1
+
+
 def _runs(counts: str) -> list[int]:
     """The run lengths of COCO's text form: 5 bits a letter, lowest first; from the fourth on less the last but one."""
     runs: list[int] = []

@@ -20,6 +20,7 @@ from enum import IntEnum
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
+from perceptio.data.masks import box_within, rle_to_mask
 from perceptio.vocabulary import SpatialVocabulary
 from schemas.recipe import MixtureEntry
 
@@ -137,7 +138,8 @@ def render(
     looks at the image and not at its last codes alone (reconstruction).
     `depth_after_text` puts the block behind the text, and `plain` counts all of a reply as text: plain next-token loss.
     A part is left out where the row has no data for it. A row without a turn that fits the entry is used for its depth.
-    Raises ValueError where it has neither, and for objects without a mask or above `max_objects`.
+    Where the entry wants boxes, expressions are answered by them, in words. Raises ValueError where a row has neither
+    turn nor depth, and for objects without a mask or above `max_objects`.
     """
     rng = Random(f"{key[0]} {key[1]}")
     turns = _choose_turns(sample, entry, rng)
@@ -150,8 +152,8 @@ def render(
         )
     chosen = [sample["turns"][turn] for turn in turns]
     objects = _objects(sample, chosen[0], max_objects) if chosen and _is_segmented(sample, entry, chosen[0]) else ()
-    questions = [turn["prompt"] for turn in chosen] or [rng.choice(DEPTH_PROMPTS)]
-    answers = [turn["answer"] for turn in chosen] or [DEPTH_ANSWER]
+    said = [_in_boxes(sample, entry, turn, max_objects) or (turn["prompt"], turn["answer"]) for turn in chosen]
+    questions, answers = zip(*said or [(rng.choice(DEPTH_PROMPTS), DEPTH_ANSWER)], strict=True)
     prompts = _prompts(tokenizer, questions, _control(bool(objects), rng), _control(bool(codes), rng), image_tokens)
 
     ids: list[int] = []
@@ -183,14 +185,33 @@ def _choose_turns(sample: Mapping[str, Any], entry: MixtureEntry, rng: Random) -
     """Up to `max_turns` turns in random order; one that is answered by masks can only be the first."""
     turns = sample["turns"]
     fitting = [i for i, turn in enumerate(turns) if not entry.kinds or turn["kind"] in entry.kinds]
-    fitting = [i for i in fitting if turns[i]["kind"] != "referring" or _is_segmented(sample, entry, turns[i])]
+    fitting = [i for i in fitting if turns[i]["kind"] != "referring" or _is_answered(sample, entry, turns[i])]
     rng.shuffle(fitting)
     later = [i for i in fitting[1:] if not _is_segmented(sample, entry, turns[i])]
     return tuple([*fitting[:1], *later][: entry.max_turns])
 
 
 def _is_segmented(sample: Mapping[str, Any], entry: MixtureEntry, turn: Mapping[str, Any]) -> bool:
-    return entry.segmentation and turn["kind"] == "referring" and bool(turn["objects"]) and bool(sample["masks"])
+    return entry.segmentation and _has_masks(sample, turn)
+
+
+def _is_answered(sample: Mapping[str, Any], entry: MixtureEntry, turn: Mapping[str, Any]) -> bool:
+    return (entry.segmentation or entry.boxes is not None) and _has_masks(sample, turn)
+
+
+def _has_masks(sample: Mapping[str, Any], turn: Mapping[str, Any]) -> bool:
+    return turn["kind"] == "referring" and bool(turn["objects"]) and bool(sample["masks"])
+
+
+def _in_boxes(
+    sample: Mapping[str, Any], entry: MixtureEntry, turn: Mapping[str, Any], max_objects: int
+) -> tuple[str, str] | None:
+    """Question and answer of a turn whose masks are told as boxes; None where they are not."""
+    if entry.boxes is None or not _has_masks(sample, turn):
+        return None
+    objects = _objects(sample, turn, max_objects)
+    boxes = [box_within(rle_to_mask(sample["masks"][index]), entry.boxes) for index in objects]
+    return f"Where is {turn['expression']}?", str([list(box) for box in boxes])
 
 
 def _objects(sample: Mapping[str, Any], turn: Mapping[str, Any], max_objects: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tests.tiny import tiny_parts
 from workflows import pipeline, study
 from workflows.store import OtherInputsError, StageError, open_root
 
-KINDS = ["referring", "box", "points", "count", "yes_no"]
+KINDS = ["referring", "points", "count", "yes_no"]
 ARMS = (
     StudyArm(name="text", title="Text", segmentation=False, depth="none", seeds=(1,)),
     StudyArm(name="full", title="Full", segmentation=True, depth="soft_merging", seeds=(1,), against=("text",)),

@@ -50,7 +50,7 @@ def test_arms_differ_in_what_they_name_alone(recipe: Recipe) -> None:
     assert on["objectives"] == [True, True, True, False] and all(on["full"])
     assert own["plain"].train.losses.plain and not own["full"].train.losses.plain
     assert not any(e.segmentation or e.depth for e in own["text"].train.mixture)
-    assert own["text"].train.mixture[0].kinds == ("box",), "what others segment, it answers by a box in words"
+    assert own["text"].train.mixture[0].boxes == 100, "what others segment, it answers by a box in words"
     assert own["after_text"].model.depth_after_text and not own["full"].model.depth_after_text
     assert own["full_oracle"].train == own["full"].train and own["full_oracle"].model == own["full"].model
 

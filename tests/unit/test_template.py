@@ -7,10 +7,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import DEPTH_PROMPTS, Dialogue, LossKind, Part, prompt_ids, render, reply_ids
 from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
 from schemas.recipe import MixtureEntry
@@ -211,6 +213,25 @@ def test_parts_without_data_or_switched_off_are_left_out(write: Any, vocabulary:
 def test_a_request_for_masks_without_masks_is_never_answered_in_words(write: Any) -> None:
     for row, mixed in ((sample(masks=[]), entry()), (sample(), entry(segmentation=False))):
         assert {write(row, mixed, position).turns for position in range(20)} == {(1,)}
+
+
+def test_what_masks_would_answer_may_be_answered_by_boxes_in_words(
+    write: Any, tokenizer: PreTrainedTokenizerFast, vocabulary: SpatialVocabulary
+) -> None:
+    masks_2HW = np.zeros((2, 20, 40), np.bool_)
+    masks_2HW[0, 5:10, 20:40], masks_2HW[1, 0:1, 0:1] = True, True
+    asked = turn("referring", "Segment both.", "Sure.", (1, 0)) | {"expression": "the lamp and the bed"}
+    row = sample(turns=[asked], masks=masks_to_rle(masks_2HW))
+    dialogue = write(row, entry(segmentation=False, boxes=100))
+    text = spoken(tokenizer, dialogue.target_ids)
+    assert "Where is the lamp and the bed?" in text and text.endswith("[[0, 0, 0, 0], [50, 25, 97, 45]]<|im_end|>")
+    assert dialogue.objects == () and vocabulary.seg_id not in dialogue.target_ids and dialogue.codes == (3, 0, 3)
+    assert write(sample(masks=[]), entry(segmentation=False, boxes=100)).turns == (1,)
+    for masks, message in ((masks_2HW[:1], "the row has 1 masks"), (0 * masks_2HW, "20 x 40 pixels is empty")):
+        with pytest.raises(ValueError, match=message):
+            write(row | {"masks": masks_to_rle(masks)}, entry(segmentation=False, boxes=100))
+    with pytest.raises(ValueError, match="segmentation is true and boxes is 100"):
+        entry(boxes=100)
 
 
 def test_depth_alone_has_a_prompt_of_several_forms(write: Any, tokenizer: PreTrainedTokenizerFast) -> None:
