@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from perceptio.generate import Perceiver
 from perceptio.processor import Request
@@ -93,6 +94,21 @@ def test_the_model_folder_answers_and_differs_from_its_start(trained: Recipe, pa
     assert manifest.extra["precision"] in ("bf16_autocast", "fp32")
     made_with = json.loads((Path(root.at("model")) / "perceptio.json").read_text())
     assert made_with["codebook_digest"] == perceiver.codec.digest
+
+
+def test_low_rank_layers_under_zero_3_are_published_merged(tmp_path: Path, parts: Parts) -> None:
+    settings = {"model__language": "lora", "model__lora": {"rank": 2, "alpha": 4, "dropout": 0.05}}
+    recipe = prepared(tmp_path, parts, **settings, train__zero_stage=3, train__steps=2, train__publish_dtype="float32")
+    train.run(recipe)
+    found = load_file(Path(open_root(recipe.root).at("model")) / "model.safetensors")
+    base = load_file(parts.folder / "base" / "model.safetensors")
+    assert not [name for name in found if "lora" in name or "base_layer" in name]
+    linear = [name for name in base if "language_model" in name and name.endswith("_proj.weight")]
+    assert len(linear) == 14  # 2 layers of 7 linear maps
+    for name in linear:
+        size_R = np.linalg.svd(found[f"model.{name}"] - base[name], compute_uv=False)
+        assert size_R[0] > 0 and (size_R[2:] <= 1e-3 * size_R[0]).all(), name
+    assert Perceiver.from_pretrained(open_root(recipe.root).at("model")).model.config.depth_codes == 8
 
 
 def test_a_finished_run_is_left_alone(trained: Recipe) -> None:
