@@ -26,7 +26,7 @@ from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.mask_decoder import MaskPrediction, SegMaskDecoder
 from perceptio.segmentation.sam2_image import Sam2Features, Sam2ImageConfig, Sam2ImageModel
 from perceptio.vlm.backbone import MODEL_TYPE, extend_vocabulary, load_backbone
-from schemas.recipe import SpatialName
+from schemas.training import SpatialName
 
 CODEBOOK_FOLDER = "codebook"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # what finds a hub id's files

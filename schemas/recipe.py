@@ -1,7 +1,7 @@
 """The recipe: everything that a run depends on, as frozen pydantic models read from one YAML file.
 
-`schemas.recipe_file` reads it; its sources are in `schemas.sources`. What changes results (seed, grid, codes, weights)
-has no default here.
+`schemas.recipe_file` reads it; its sources are in `schemas.sources`, model and training in `schemas.training`. What
+changes results (seed, grid, codes, weights) has no default here.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from schemas.sources import RoomsSource as RoomsSource
 from schemas.sources import Source as Source
 from schemas.study import StudyArm as StudyArm
 from schemas.study import StudyRecipe as StudyRecipe
+from schemas.training import MixtureEntry as MixtureEntry
+from schemas.training import ModelRecipe as ModelRecipe
+from schemas.training import TrainRecipe as TrainRecipe
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the field, the value seen and what to do."""
-
-
-SpatialName = Literal["seg", "depth_start", "code", "depth_end"]
 
 
 class PoolRecipe(Section):
@@ -130,153 +130,6 @@ class TokenizeRecipe(Section):
 class AssembleRecipe(Section):
     row_group_rows: Positive
     pool: PoolRecipe
-
-
-class LoraRecipe(Section):
-    rank: Positive
-    alpha: Positive
-    dropout: Share
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class ModelRecipe(Section):
-    base: str = Field(description="`rooms`, a folder or a hub id of an InternVL model")
-    sam2: str = Field(description="`rooms` or a folder of a SAM2 image model")
-    language: Literal["lora", "full", "frozen"]
-    lora: LoraRecipe | None = None
-    train_vision: bool = Field(description="InternViT")
-    train_projector: bool = Field(description="between InternViT and the language model")
-    train_embeddings: bool = Field(description="input embeddings and output head, where the spatial tokens are new")
-    train_mask_projector: bool = Field(description="from [SEG] states to SAM2's prompts; it starts at random")
-    train_mask_decoder: bool = Field(description="SAM2's, with its two high-res convolutions; its encoder never trains")
-    starts_as: dict[SpatialName, str] = Field(
-        description="tokens of the base whose embeddings spatial tokens start as, else the mean of all (reconstruction)"
-    )
-    prompts_start_as_clicks: bool = Field(
-        description="the mask projector starts in SAM2's space of clicks (reconstruction), else as torch starts it"
-    )
-    max_objects: Positive = 5
-    depth_after_text: bool = Field(
-        default=False, description="the depth block stands behind the text, for the study of the order"
-    )
-    max_length: Positive
-
-    @model_validator(mode="after")
-    def _lora(self) -> ModelRecipe:
-        if self.language == "lora" and self.lora is None:
-            raise ValueError("language is 'lora' but there is no `lora` section: add one")
-        return self
-
-
-class LossWeights(Section):
-    """Weights of the named terms (METHOD.md, reconstruction); no defaults, since they change results."""
-
-    text: Weight
-    marker: Weight
-    token: Weight
-    count: Weight
-    reconstruction: Weight
-    mask_bce: Weight
-    mask_dice: Weight
-    temperature: Annotated[float, Field(gt=0)] = Field(description="tau of soft merging")
-    gradient: Weight = Field(description="of the gradient-matching part inside reconstruction")
-    mask_points: Positive = Field(description="sampled points per mask")
-    plain: bool = Field(
-        default=False,
-        description="markers and codes count as text, which is plain next-token loss, for the study of the objectives",
-    )
-
-    @model_validator(mode="after")
-    def _plain(self) -> LossWeights:
-        others = ("marker", "token", "count", "reconstruction")
-        if self.plain and any(getattr(self, name) for name in others):
-            raise ValueError(f"plain is true, so {', '.join(others)} have no tokens: set them to 0")
-        return self
-
-
-class MixtureEntry(Section):
-    """One task set of the mixture."""
-
-    source: str = Field(description="name of a source of this recipe")
-    weight: Annotated[float, Field(gt=0)]
-    kinds: tuple[str, ...] = Field(default=(), description="kinds of turns used; [] = all, or none for depth-only")
-    segmentation: bool = Field(description="write [SEG] tokens where the record has masks")
-    boxes: Annotated[int, Field(ge=2)] | None = Field(
-        default=None,
-        description="what masks would answer is asked as `Where is EXPRESSION?` and answered by boxes in words,"
-        " [[x0, y0, x1, y1]] in so many parts of a side (InternVL's own: 1000)",
-    )
-    depth: bool = Field(description="write the depth block")
-    max_turns: Annotated[int, Field(ge=0)] = 1
-
-    @model_validator(mode="after")
-    def _one_answer(self) -> MixtureEntry:
-        if self.segmentation and self.boxes is not None:
-            raise ValueError(f"segmentation is true and boxes is {self.boxes}: an expression has one kind of answer")
-        return self
-
-
-class TrainRecipe(Section):
-    workers: Positive
-    allowed_workers: tuple[Positive, ...] = (1, 2, 4, 8)
-    steps: Positive
-    global_batch: Positive
-    micro_batch: Positive = Field(description="samples per forward on one worker")
-    pack: bool = Field(
-        default=False,
-        description="samples of a micro-batch behind one another in rows of model.max_length tokens, each seeing itself"
-        " alone; else one padded row a sample. Changes no sample's loss",
-    )
-    zero_stage: Literal[1, 2, 3]
-    precision: Literal["fp32", "bf16", "bf16_autocast", "auto"] = Field(
-        description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, products in bf16;"
-        " auto: bf16_autocast where every worker's device computes bfloat16, fp32 where one would only emulate it"
-    )
-    threads: Positive = 1
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the language model and the vision tower")
-    embedding_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        description="of input embeddings and output head, where the spatial tokens start at the mean of the others"
-    )
-    projector_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        description="of the mask projector, which starts at random"
-    )
-    mask_learning_rate: Annotated[float, Field(gt=0)] = Field(description="of SAM2's mask decoder")
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: Weight
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    warmup: Share = Field(description="share of the steps in which learning rates rise to their peak")
-    checkpoint_every: Positive
-    keep_checkpoints: Positive
-    publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of the published weights; auto: as they were trained"
-    )
-    max_failures: Annotated[int, Field(ge=0)] = 1
-    code_noise: Share = Field(
-        description="share of the depth codes that are read as random ones, so that the next one depends on the image"
-        " and not on the last ones alone (reconstruction; 0 in the lineage)"
-    )
-    streams: Positive = Field(description="canonical streams of the mixture, C")
-    mixture: tuple[MixtureEntry, ...]
-    losses: LossWeights
-
-    @model_validator(mode="after")
-    def _batches(self) -> TrainRecipe:
-        for world in {*self.allowed_workers, self.workers}:
-            if self.global_batch % world or self.streams % world:
-                raise ValueError(
-                    f"global_batch {self.global_batch} and streams {self.streams} must both divide by every allowed"
-                    f" number of workers; {world} does not: change allowed_workers or the sizes"
-                )
-        if self.global_batch % self.streams:
-            raise ValueError(f"global_batch {self.global_batch} must be a multiple of streams {self.streams}")
-        if (self.global_batch // self.workers) % self.micro_batch:
-            raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide the {self.global_batch // self.workers}"
-                f" samples of one worker (global_batch {self.global_batch} / workers {self.workers})"
-            )
-        return self
 
 
 class EvaluateRecipe(Section):

@@ -16,7 +16,7 @@ from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import render
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.segmentation.sam2_image import preprocess
-from schemas.recipe import LossWeights, MixtureEntry
+from schemas.training import LossWeights, MixtureEntry
 
 Parts = tuple[PerceptioForConditionalGeneration, Any]
 

@@ -18,7 +18,7 @@ from perceptio import losses
 from perceptio.data.collator import Batch
 from perceptio.data.template import LossKind
 from perceptio.model import PerceptioForConditionalGeneration
-from schemas.recipe import LossWeights
+from schemas.training import LossWeights
 
 TERMS = ("text", "marker", "token", "count", "reconstruction", "mask_bce", "mask_dice")
 _KINDS = {"text": LossKind.TEXT, "marker": LossKind.MARKER, "token": LossKind.TOKEN}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
-from schemas.recipe import SpatialName
+from schemas.training import SpatialName
 
 MODEL_TYPE = "internvl"
 NOISE = 0.1  # of the old rows' standard deviation, so that the new rows are not all the same

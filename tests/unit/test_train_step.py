@@ -20,8 +20,8 @@ from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.optim import parameter_groups
 from perceptio.train.step import TERMS, Objective, counts_by_source
 from perceptio.vlm.backbone import set_trainable
-from schemas.recipe import LossWeights
 from schemas.recipe_file import load_recipe
+from schemas.training import LossWeights
 from tests.batches import BOTH, DEPTH, ENTRIES, MASKS, WEIGHTS, WORDS, batch_of, without_images
 from tests.tiny import tiny_parts
 
