@@ -61,6 +61,8 @@ NAMES = {
     "closest_point_accuracy_3": "Closest of 3 points",
     "closest_point_accuracy_4": "Closest of 4 points",
     "closest_point_accuracy_5": "Closest of 5 points",
+    "closest_point_on_generated_map": "Closest point, read off the generated map",
+    "closest_point_on_reconstruction": "Closest point, read off the codebook's reconstruction",
     "attribute_accuracy": "What colour is it?",
     "choice_accuracy": "Multiple choice",
     "count_accuracy": "How many are there?",

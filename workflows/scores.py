@@ -85,6 +85,7 @@ def score(
     _depth(found, pictures, said["model"], blind, decode)
     _referring(found, pictures, said["model"], said["untrained"], blind)
     _points(found, pictures, said["model"], said["blank"])
+    _points_on_maps(found, pictures, said["model"], len(blind.top_codes_N), decode)
     _questions(found, pictures, said["model"], said["blank"], blind)
     _well_formed(found, pictures, said["free"], said["untrained_free"])
     return found
@@ -215,26 +216,60 @@ def _points(found: Score, pictures: Sequence[Picture], said: Predictions, blank:
     The lowest point in the picture is often the closest in photographs (METHOD.md), so that guess is scored too.
     """
     asked = _asked(pictures, said, "points")
-    sizes = Counter(len(picture.turns[i]["choices"]) for picture, i in asked)
     if not asked:
         return
-
-    def mean(part: list[tuple[Picture, int]], right: npt.ArrayLike) -> Sums:
-        points = [len(picture.turns[i]["choices"]) for picture, i in part]
-        weights = 1 / np.array([sizes[n] for n in points])  # so that a ratio of sums is the mean of the subsets
-        return sums([picture.scene for picture, _ in part], weights * np.asarray(right, np.float64), weights)
-
+    sizes = sorted({len(picture.turns[i]["choices"]) for picture, i in asked})
     parts = {"": asked}
-    parts |= {f"_{n}": [(p, i) for p, i in asked if len(p.turns[i]["choices"]) == n] for n in sorted(sizes)}
+    parts |= {f"_{n}": [(p, i) for p, i in asked if len(p.turns[i]["choices"]) == n] for n in sizes}
     for suffix, part in parts.items():
-        own = mean(part, [_right(*ask, said) for ask in part])
-        chance = mean(part, [1 / len(picture.turns[i]["choices"]) for picture, i in part])
-        found.add(f"closest_point_accuracy{suffix}", own, chance, "chance", higher_is_better=True)
+        own = _mean_of_sets(part, [_right(*ask, said) for ask in part])
+        found.add(f"closest_point_accuracy{suffix}", own, _chance(part), "chance", higher_is_better=True)
         if not suffix:
             _beside_unseen(found, "closest_point_accuracy", part, said, blank)
             if all(picture.turns[i]["points"] for picture, i in part):
-                lowest = mean(part, [_is_lowest(picture.turns[i]) for picture, i in part])
+                lowest = _mean_of_sets(part, [_is_lowest(picture.turns[i]) for picture, i in part])
                 found.add("closest_point_accuracy_vs_lowest", own, lowest, "lowest point", higher_is_better=True)
+
+
+def _points_on_maps(found: Score, pictures: Sequence[Picture], said: Predictions, tokens: int, decode: Decode) -> None:
+    """Which point is the closest on the map that the depth tokens stand for: what they know, whatever the words say.
+
+    Beside chance; and the same read off the codebook's reconstruction, which is its ceiling.
+    """
+    asked = [
+        (picture, i)
+        for picture, i in _asked(pictures, said, "points")
+        if picture.turns[i]["points"] and len(said[picture.id, i]["codes"]) == tokens
+    ]
+    if not asked:
+        return
+    chance = _chance(asked)
+    for name, codes in (
+        ("generated_map", [said[picture.id, i]["codes"] for picture, i in asked]),
+        ("reconstruction", [picture.codes for picture, _ in asked]),
+    ):
+        maps = decode(np.array(codes, np.int64))
+        right = [_is_closest(map_SS, picture, i) for map_SS, (picture, i) in zip(maps, asked, strict=True)]
+        found.add(f"closest_point_on_{name}", _mean_of_sets(asked, right), chance, "chance", higher_is_better=True)
+
+
+def _mean_of_sets(asked: Sequence[tuple[Picture, int]], right: npt.ArrayLike) -> Sums:
+    """The mean of the accuracies over the sizes of sets of points, each size counting the same."""
+    points = [len(picture.turns[i]["choices"]) for picture, i in asked]
+    sizes = Counter(points)
+    weights = 1 / np.array([sizes[n] for n in points])  # so that a ratio of sums is the mean of the subsets
+    return sums([picture.scene for picture, _ in asked], weights * np.asarray(right, np.float64), weights)
+
+
+def _chance(asked: Sequence[tuple[Picture, int]]) -> Sums:
+    return _mean_of_sets(asked, [1 / len(picture.turns[i]["choices"]) for picture, i in asked])
+
+
+def _is_closest(map_SS: npt.NDArray[Any], picture: Picture, turn: int) -> bool:
+    """Whether the point with the largest inverse depth on a map is the answer."""
+    map_HW, asked = resized(map_SS, picture.size), picture.turns[turn]
+    values = [map_HW[int(point["y"]), int(point["x"])] for point in asked["points"]]
+    return is_right(asked["choices"][int(np.argmax(values))], asked["answer"], asked["choices"])
 
 
 def _is_lowest(turn: Row) -> bool:

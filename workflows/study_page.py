@@ -30,6 +30,7 @@ FIGURES = {  # name -> title, whether higher is better
     "closest_point_accuracy_3": ("Closest of 3 points", True),
     "closest_point_accuracy_4": ("Closest of 4 points", True),
     "closest_point_accuracy_5": ("Closest of 5 points", True),
+    "closest_point_on_generated_map": ("Closest point, read off the generated map", True),
     "generated_depth_mae": ("Generated map, error in inverse depth", False),
     "code_accuracy": ("Depth codes equal to the teacher's", True),
     "well_formed_without_grammar": ("Replies well formed without the grammar", True),
@@ -40,7 +41,10 @@ FIGURES = {  # name -> title, whether higher is better
     "distance_accuracy": ("Which of two is closer?", True),
     "yes_no_accuracy": ("Yes or no", True),
 }
-BESIDE = {"generated_depth_mae": "reconstruction_mae"}  # a figure's ceiling
+BESIDE = {  # a figure's ceiling
+    "generated_depth_mae": "reconstruction_mae",
+    "closest_point_on_generated_map": "closest_point_on_reconstruction",
+}
 SAID = ("arm", "seed", "code", "machine", "precision", "seconds")  # of a run
 Run = Mapping[str, Any]
 

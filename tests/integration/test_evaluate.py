@@ -60,6 +60,7 @@ def test_every_figure_has_its_interval_and_its_baseline(world: World) -> None:
         "referring_giou",
         "referring_ciou_vs_untrained",
         "closest_point_accuracy",
+        "closest_point_on_generated_map",
         "yes_no_accuracy",
         "well_formed_without_grammar",
         "teacher_abs_rel",
