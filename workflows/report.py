@@ -34,6 +34,7 @@ from workflows.folders import local_copy
 from workflows.held_out import STEPS, Picture, inv_depth, read_pictures, resized
 from workflows.page import render
 from workflows.pictures import data_uri, depth_colours, tinted
+from workflows.scores import NO_BASELINE
 from workflows.store import Root, StageError, open_root
 
 SHOWN = 12  # held-out scenes with pictures
@@ -69,8 +70,20 @@ NAMES = {
     "distance_accuracy": "Which of two is closer?",
     "yes_no_accuracy": "Yes or no",
     "well_formed_without_grammar": "Replies well formed without the grammar",
+    "closest_point_readable": "Closest point, replies that name a point",
+    "attribute_readable": "What colour is it? Replies that name a colour",
+    "choice_readable": "Multiple choice, replies that name an option",
+    "count_readable": "How many are there? Replies that name a number",
+    "distance_readable": "Which of two is closer? Replies that name one of them",
+    "yes_no_readable": "Yes or no, replies that say either",
 }
-VERDICTS = {"better": "better", "worse": "worse", "open": "not told apart", "ceiling": "from the best possible"}
+VERDICTS = {
+    "better": "better",
+    "worse": "worse",
+    "open": "not told apart",
+    "ceiling": "from the best possible",
+    "alone": "",
+}
 HEADLINES = ("referring_ciou", "generated_depth_mae", "closest_point_accuracy", "well_formed_without_grammar")
 ERRORS = ("mae", "rmse", "abs_rel")  # shown as numbers, all else in per cent
 
@@ -173,6 +186,8 @@ def figure(name: str, metric: Row) -> Figure:
     verdict = "better" if gain[0] > 0 else "worse" if gain[1] < 0 else "open"
     if "ceiling" in metric["against"]:
         verdict = "ceiling"
+    if metric["against"] == NO_BASELINE:
+        verdict = "alone"
     title = NAMES.get(base) or base.replace("_", " ").capitalize()
     return Figure(
         title=title,

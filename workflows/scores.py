@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from perceptio.data.images import decode_depth16
 from perceptio.data.masks import rle_to_mask
-from perceptio.metrics.choices import is_right
+from perceptio.metrics.choices import is_right, read_choice
 from perceptio.metrics.depth import DepthErrors, align, inverse_errors, z_errors
 from perceptio.metrics.intervals import Sums, interval, paired_difference, sums
 from perceptio.metrics.masks import Bools, iou, overlap, union_mask
@@ -26,6 +26,7 @@ from workflows.held_out import Blind, Picture, Row, inv_depth, resized
 Predictions = Mapping[tuple[str, int], Row]  # (picture, turn) -> a row of PREDICTIONS
 Maps = npt.NDArray[np.float32]
 Decode = Callable[[npt.NDArray[np.int64]], Maps]  # codes [B, N] -> inv_depth [B, S, S]
+NO_BASELINE = "none"  # what a figure is against that stands alone
 BOX = 0.25  # half the side of the central box, as a share of the image
 
 
@@ -226,6 +227,7 @@ def _points(found: Score, pictures: Sequence[Picture], said: Predictions, blank:
         found.add(f"closest_point_accuracy{suffix}", own, _chance(part), "chance", higher_is_better=True)
         if not suffix:
             _beside_unseen(found, "closest_point_accuracy", part, said, blank)
+            _readable(found, "closest_point", part, said)
             if all(picture.turns[i]["points"] for picture, i in part):
                 lowest = _mean_of_sets(part, [_is_lowest(picture.turns[i]) for picture, i in part])
                 found.add("closest_point_accuracy_vs_lowest", own, lowest, "lowest point", higher_is_better=True)
@@ -289,6 +291,7 @@ def _questions(found: Score, pictures: Sequence[Picture], said: Predictions, bla
         usual = sums(scenes, [blind.answer(p.turns[i]) == p.turns[i]["answer"] for p, i in asked])
         found.add(f"{kind}_accuracy", own, usual, "usual training answer", higher_is_better=True)
         _beside_unseen(found, f"{kind}_accuracy", asked, said, blank)
+        _readable(found, kind, asked, said)
 
 
 def _beside_unseen(
@@ -302,14 +305,30 @@ def _beside_unseen(
         found.add(f"{name}_vs_image_removed", own, unseen, "image removed", higher_is_better=True)
 
 
+def _readable(found: Score, kind: str, asked: Sequence[tuple[Picture, int]], said: Predictions) -> None:
+    """The share of replies that name one of the choices, right or wrong: others are no answer at all."""
+    named = [
+        (picture.scene, read_choice(said[picture.id, i]["text"], picture.turns[i]["choices"]) is not None)
+        for picture, i in asked
+        if picture.turns[i]["choices"]
+    ]
+    if named:
+        own = sums(*zip(*named, strict=True))
+        found.add(f"{kind}_readable", own, _nothing(own), NO_BASELINE, higher_is_better=True)
+
+
+def _nothing(own: Sums) -> Sums:
+    return Sums(np.zeros(len(own)), own.denominator_I, own.images)
+
+
 def _well_formed(found: Score, pictures: Sequence[Picture], said: Predictions, untrained: Predictions) -> None:
     scene_of = {picture.id: picture.scene for picture in pictures}
     if not said:
         return
     scenes = [scene_of[key] for key, _ in said]
     own = sums(scenes, [row["well_formed"] for row in said.values()])
-    start = sums(scenes, [untrained[key]["well_formed"] if untrained else 0 for key in said])
-    against = "untrained start" if untrained else "none"
+    start = sums(scenes, [untrained[key]["well_formed"] for key in said]) if untrained else _nothing(own)
+    against = "untrained start" if untrained else NO_BASELINE
     found.add("well_formed_without_grammar", own, start, against, higher_is_better=True)
 
 

@@ -24,6 +24,7 @@ from tests.tiny import tiny_parts
 from workflows import charts, pictures, report
 from workflows.commits import Table
 from workflows.folders import publish
+from workflows.scores import NO_BASELINE
 from workflows.store import Root, StageError, open_root
 
 ROOMS = Path(report.__file__).parent / "recipes" / "rooms.yaml"
@@ -144,6 +145,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Root]:
         "referring_ciou": metric(0.6, 0.1, 0.3),
         "generated_depth_mae": metric(0.3, -0.2, 0.1, higher=False),
         "closest_point_accuracy": metric(0.5, -0.1, 0.2),
+        "well_formed_without_grammar": metric(0.5, 0.1, 0.2) | {"against": NO_BASELINE, "baseline": 0.123},
         "something_new": metric(0.5, -0.1, 0.2),
     }
     for parts, data in {
@@ -183,6 +185,7 @@ def test_the_page_is_whole_and_loads_nothing(finished: tuple[Recipe, Root]) -> N
     assert page.count("data:image/webp;base64,") == 3 * 6
     assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"|url\(", page)
     assert page.count('class="raw"') == 3, "the total and two terms"
+    assert page.count("12.3 %") == 0, "a figure that stands alone is said to be better than nothing"
     for part in ("Something new", "IoU 100 %", "Referring segmentation, cIoU", "not told apart"):
         assert part in page
     assert page.count("1 more question about it, 0 right") == 3

@@ -13,7 +13,7 @@ from perceptio.data.maps import pack_map
 from perceptio.data.masks import masks_to_rle
 from workflows.evaluate import PASSES
 from workflows.held_out import STEPS, Blind, Picture
-from workflows.scores import Metric, Predictions, score
+from workflows.scores import NO_BASELINE, Metric, Predictions, score
 
 SIDE = 8
 LEFT_TO_RIGHT, RIGHT_TO_LEFT = 0, 1  # codes, each of a whole map that grows that way
@@ -129,8 +129,10 @@ def test_questions_stand_beside_the_usual_answer_and_the_image_removed() -> None
     right = {"a": "Yes", "b": "No", "c": "No"}
     pictures = [picture(name, turn("yes_no", answer, choices=choices)) for name, answer in right.items()]
     blank = {("a", 0): reply("Yes"), ("b", 0): reply("Yes")}
-    found = figures(pictures, [reply("Yes"), reply("No"), reply("Yes")], blank=blank)
+    found = figures(pictures, [reply("Yes"), reply("No"), reply("Sure.")], blank=blank)
     assert found["yes_no_accuracy"].value == pytest.approx(2 / 3)
+    assert found["yes_no_readable"].value == pytest.approx(2 / 3), "a wrong answer is one, `Sure.` is none"
+    assert found["yes_no_readable"].against == NO_BASELINE
     assert found["yes_no_accuracy"].baseline == pytest.approx(1 / 3)
     assert found["yes_no_accuracy_vs_image_removed"].value == 1
     assert found["yes_no_accuracy_vs_image_removed"].baseline == 0.5
@@ -140,4 +142,4 @@ def test_well_formed_without_the_grammar_beside_the_untrained_start() -> None:
     pictures = [picture("a", turn("", "")), picture("b", turn("", ""))]
     free = {("a", 0): reply(), ("b", 0): reply() | {"well_formed": False}}
     found = figures(pictures, [reply(), reply()], free=free)["well_formed_without_grammar"]
-    assert (found.value, found.against) == (0.5, "none")
+    assert (found.value, found.against) == (0.5, NO_BASELINE)
