@@ -1,8 +1,9 @@
 """The model: InternVL with spatial tokens, a SAM2 mask decoder fed by `[SEG]` states, and a frozen depth codec.
 
-It is transformers' `InternVLForConditionalGeneration` with two parts more, so that everything that works on InternVL
-(generation, LoRA, quantization, device maps) works here. A model folder holds config.json, safetensors, tokenizer,
-processor and `codebook/`, and nothing pickled.
+It is transformers' `InternVLForConditionalGeneration` with two parts more: LoRA, gradient checkpointing and device maps
+that keep every weight in memory work on it as on InternVL, and so does `generate`, which knows no grammar. A model
+folder holds config.json, safetensors, tokenizer, processor and `codebook/`, and nothing pickled. Importing this module
+registers AutoConfig, AutoProcessor and AutoModelForImageTextToText.
 
 Shape legend: B batch, T tokens, D hidden size, M masks, S SAM2's input side, P supervised positions, V vocabulary.
 """
@@ -25,11 +26,12 @@ from perceptio.depth.codec import DepthCodec
 from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.mask_decoder import MaskPrediction, SegMaskDecoder
 from perceptio.segmentation.sam2_image import Sam2Features, Sam2ImageConfig, Sam2ImageModel
-from perceptio.vlm.backbone import MODEL_TYPE, extend_vocabulary, load_backbone
+from perceptio.vlm.backbone import MODEL_TYPE, count_lora, extend_vocabulary, load_backbone
+from perceptio.vocabulary import spatial_tokens
 from schemas.training import SpatialName
 
 CODEBOOK_FOLDER = "codebook"
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # what finds a hub id's files
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # finding files
 
 
 class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # type: ignore[no-untyped-call]
@@ -112,9 +114,14 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         self.codec = codec
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Writes config.json, safetensors and `codebook/`; the processor is saved by its own `save_pretrained`."""
+        """Writes config.json, safetensors and `codebook/`; the processor is saved by its own `save_pretrained`.
+
+        Raises ValueError without a codec, and with LoRA layers, whose names no plain model would find again.
+        """
         if self.codec is None:
             raise ValueError("the model has no codec: attach_codec() before saving, so that the folder is whole")
+        if layers := count_lora(self):
+            raise ValueError(f"the model has {layers} LoRA layers, expected none in a folder: merge_lora() first")
         super().save_pretrained(save_directory, **kwargs)
         self.codec.codebook.save_pretrained(Path(save_directory) / CODEBOOK_FOLDER)
 
@@ -125,30 +132,40 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         *args: Any,
         sam2: str | Path | None = None,
         codebook: str | Path | None = None,
-        max_objects: int = 5,
+        max_objects: int | None = None,
         **kwargs: Any,
     ) -> PerceptioForConditionalGeneration:
-        """The model of a Perceptio folder or hub id, with its codec.
+        """The model of a Perceptio folder or hub id, with its codec; keywords are transformers' own.
 
-        An InternVL becomes an untrained Perceptio with the folders `sam2` and `codebook` (see `from_parts`; its
-        processor is `PerceptioProcessor.from_pretrained(INTERNVL, codebook=...)`). Raises ValueError for any other
-        model, for an InternVL without these two, and where the codebook is not the one that the model was trained with.
+        An InternVL becomes an untrained Perceptio with the folders `sam2` and `codebook` and at most `max_objects`
+        masks a reply, 5 by default (see `from_parts`; its processor is `PerceptioProcessor.from_pretrained(INTERNVL,
+        codebook=...)`). Raises ValueError for any other model, for an InternVL without these two, where weights are
+        missing or too many, and where the codebook is not the one that the model was trained with.
         """
         source = str(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if (sam2 is None) != (codebook is None):
             raise ValueError(f"{source}: got one of sam2= and codebook=, expected both (InternVL) or none (Perceptio)")
         if sam2 is not None and codebook is not None:
             dtype = kwargs.pop("dtype", torch.float32)
-            if args or kwargs:
-                raise ValueError(f"{source}: {sorted(kwargs) or args} are for a Perceptio folder, got an InternVL's")
-            return cls.from_parts(source, sam2, codebook, max_objects=max_objects, dtype=dtype)[0]
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            if others := sorted(kwargs.keys() - hub.keys()) or args:
+                raise ValueError(f"{source}: {others} are for a Perceptio folder, got an InternVL's")
+            return cls.from_parts(source, sam2, codebook, max_objects=max_objects or 5, dtype=dtype, **hub)[0]
         found = PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
         if found != PerceptioConfig.model_type:
             hint = ": pass sam2= and codebook= too" if found == MODEL_TYPE else ""
             raise ValueError(f"{source}: config.json has model_type {found!r}, expected 'perceptio'{hint}")
-        model = super().from_pretrained(source, *args, **kwargs)
-        files = [cached_file(source, name, subfolder=CODEBOOK_FOLDER, **hub) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        if max_objects is not None:
+            raise ValueError(f"{source}: max_objects is {max_objects}, but a Perceptio's is fixed in its config.json")
+        model, loaded = super().from_pretrained(
+            source, *args, **kwargs | {"output_loading_info": True, "use_safetensors": True}
+        )
+        if wrong := sorted(loaded["missing_keys"] | loaded["unexpected_keys"]):
+            raise ValueError(
+                f"{source}: {len(wrong)} weights are missing or too many, the first {wrong[0]}: save it anew"
+            )
+        hub["subfolder"] = str(Path(hub.get("subfolder", "")) / CODEBOOK_FOLDER)
+        files = [cached_file(source, name, **hub) for name in (CONFIG_NAME, WEIGHTS_NAME)]
         model.attach_codec(DepthCodec.from_pretrained(Path(str(files[0])).parent).to(model.device))
         return model
 
@@ -163,14 +180,21 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         depth_after_text: bool = False,
         starts_as: Mapping[SpatialName, str] | None = None,
         prompts_start_as_clicks: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
+        **hub: Any,
     ) -> tuple[PerceptioForConditionalGeneration, PerceptioProcessor]:
         """An untrained Perceptio model and its processor, from an InternVL, a SAM2 image model and a codebook.
 
-        `base` is a folder or hub id in transformers' layout; the tokenizer and embeddings are extended here (see
-        `extend_vocabulary`), the mask projector starts at random: seed torch before.
+        `base` is a folder or hub id in transformers' layout (`hub` says how to find it: revision, token, ...); the
+        tokenizer and embeddings are extended here (see `extend_vocabulary`), the mask projector starts at random: seed
+        torch before. Raises ValueError for a base that has spatial tokens already.
         """
-        backbone, processor = load_backbone(str(base), dtype=dtype)
+        backbone, processor = load_backbone(str(base), dtype=dtype, **hub)
+        if known := set(spatial_tokens(1)) & processor.tokenizer.get_vocab().keys():
+            raise ValueError(
+                f"base '{base}': its tokenizer has {sorted(known)} already, expected none: start from an InternVL"
+                " as it was before it was extended"
+            )
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
         vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes, starts_as=starts_as)
@@ -189,7 +213,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         for key in ("model_type", "architectures", "transformers_version"):
             fields.pop(key, None)
         model = cls(PerceptioConfig(**fields))
-        model.to(dtype=dtype)  # type: ignore[call-arg]
+        model.to(dtype=backbone.dtype)  # type: ignore[call-arg]
         missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
         lost = [name for name in missing if not name.startswith("segmenter.")]
         if lost or unexpected:

@@ -53,6 +53,9 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
         if depth_codes < 1:
             raise ValueError("processor: it has no spatial tokens: pass codebook=FOLDER, or a Perceptio model's folder")
         super().__init__(image_processor, tokenizer, video_processor, image_seq_length, chat_template, **kwargs)
+        # InternVLProcessor's own default when it is called; published image processors say false, and `ask` and
+        # training call them directly. `max_patches` is what limits tiles
+        self.image_processor.crop_to_patches = True
         self.depth_codes, self.depth_tokens = depth_codes, depth_tokens
         self.max_objects, self.depth_after_text = max_objects, depth_after_text
         self._vocabulary = SpatialVocabulary.of(tokenizer, depth_codes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -31,24 +31,29 @@ Language = Literal["lora", "full", "frozen"]
 
 
 def load_backbone(
-    folder_or_hub_id: str | Path, *, dtype: torch.dtype
+    folder_or_hub_id: str | Path, *, dtype: torch.dtype | str, **hub: Any
 ) -> tuple[InternVLForConditionalGeneration, InternVLProcessor]:
     """The model, in evaluation mode, and its processor, from a folder or a hub id in transformers' own layout.
 
-    Never runs remote code and reads safetensors only. Raises ValueError if the configuration is not an InternVL's in
-    transformers' layout, OSError if there is nothing to read.
+    `hub` are transformers' options of where to find it (revision, token, subfolder, ...). Never runs remote code and
+    reads safetensors only. Raises ValueError if the configuration is not an InternVL's in transformers' layout or
+    weights are missing, OSError if there is nothing to read.
     """
     source = str(folder_or_hub_id)
-    config, _ = PreTrainedConfig.get_config_dict(source)
+    config, _ = PreTrainedConfig.get_config_dict(source, **hub)
     found = config.get("model_type")
     if found != MODEL_TYPE:
         raise ValueError(
             f"{source}: config.json has model_type {found!r}, expected {MODEL_TYPE!r}: use an InternVL in "
             "transformers' layout (hub names that end in -hf), or make one of its authors' with `perceptio convert`"
         )
-    model = InternVLForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    model, loaded = InternVLForConditionalGeneration.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{source}: {len(missing)} weights are missing, the first {missing[0]}: is a file missing?")
     model.train(False)
-    return model, InternVLProcessor.from_pretrained(source)
+    return model, InternVLProcessor.from_pretrained(source, **hub)
 
 
 def extend_vocabulary(
@@ -115,8 +120,8 @@ def add_lora(
     The model keeps its class, and embeddings and head stay whole and tied as they were: they are trained directly
     (`set_trainable`) rather than through copies. Raises ValueError if it has LoRA already or no layer is so named.
     """
-    if _lora_layers(model):
-        raise ValueError(f"model: has {len(_lora_layers(model))} LoRA layers already, expected none: merge_lora first")
+    if layers := count_lora(model):
+        raise ValueError(f"model: has {layers} LoRA layers already, expected none: merge_lora first")
     names = {name.rpartition(".")[2] for name, part in _text(model).named_modules() if isinstance(part, nn.Linear)}
     if missing := sorted(set(target_modules) - names):
         raise ValueError(f"target_modules: got {missing}, expected some of {sorted(names)}")
@@ -128,6 +133,11 @@ def add_lora(
         target_modules=rf"model\.language_model\..*\.({'|'.join(target_modules)})",
     )
     inject_adapter_in_model(config, model)
+
+
+def count_lora(model: nn.Module) -> int:
+    """The number of LoRA layers that are not merged."""
+    return len(_lora_layers(model))
 
 
 def merge_lora(model: InternVLForConditionalGeneration) -> int:
@@ -150,7 +160,7 @@ def set_trainable(
     """
     if language not in ("lora", "full", "frozen"):
         raise ValueError(f"language: got {language!r}, expected 'lora', 'full' or 'frozen'")
-    if language == "lora" and not _lora_layers(model):
+    if language == "lora" and not count_lora(model):
         raise ValueError("language: got 'lora', but the model has no LoRA layers: call add_lora first")
     model.model.requires_grad_(False)  # what else a subclass has is its own affair
     model.model.vision_tower.requires_grad_(vision)
