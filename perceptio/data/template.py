@@ -260,6 +260,7 @@ def _prompts(
     image = f"{tokenizer.start_image_token}{slot * image_tokens}{tokenizer.end_image_token}"
     parts = [part.split(_QUESTION) for part in applied.replace(slot, image).split(_REPLY)]
     fits = applied.count(slot) == 1 and [len(part) for part in parts] == [2] * len(questions)
+    fits = fits and str(tokenizer.eos_token) in applied  # what ends the questions' turns ends a reply's
     prompts = [
         [*_control_ids(tokenizer, before), *plain_ids(tokenizer, question), *_control_ids(tokenizer, after)]
         for (before, after), question in (zip(parts, questions, strict=True) if fits else ())
@@ -268,7 +269,7 @@ def _prompts(
     if not fits or any(ids[0] != end for ids in prompts[1:]):
         raise ValueError(
             f"chat template: {applied.count(slot)} places for one image, {len(parts)} prompts for {len(questions)} "
-            f"questions, each reply to end with {tokenizer.eos_token!r}: expected a ChatML template as InternVL's"
+            f"questions, each turn to end with {tokenizer.eos_token!r}: expected a ChatML template as InternVL's"
         )
     return [prompts[0], *(ids[1:] for ids in prompts[1:])]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -173,6 +174,8 @@ def convert_folder(source: Path, out: Path, *, processor: str | Path | None = No
     original = json.loads((source / "config.json").read_text(encoding="utf-8"))
     made = _processor(source, original) if processor is None else InternVLProcessor.from_pretrained(str(processor))
     config = config_of(original, made.image_token_id)
+    # what ends a turn, by the tokenizer: InternLM2's own configuration names the token that ends a document
+    config.get_text_config().eos_token_id = made.tokenizer.eos_token_id
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in InternVLForConditionalGeneration(config).state_dict().items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -197,6 +200,9 @@ def convert_folder(source: Path, out: Path, *, processor: str | Path | None = No
         (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1), encoding="utf-8")
     config.architectures = ["InternVLForConditionalGeneration"]
     config.save_pretrained(out)
+    GenerationConfig(
+        eos_token_id=made.tokenizer.eos_token_id, pad_token_id=made.tokenizer.pad_token_id
+    ).save_pretrained(out)
     made.save_pretrained(out)
 
 

@@ -308,6 +308,14 @@ def test_a_template_without_an_image_is_refused() -> None:
         prompt_ids(tokenizer, "What?", segmentation="auto", depth="auto", image_tokens=1)
 
 
+def test_an_end_token_that_ends_no_turn_is_refused() -> None:
+    """InternLM2's own eos ends a document: a model that learnt it would be read past its turn."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(ValueError, match=r"each turn to end with '<\|endoftext\|>': expected a ChatML"):
+        prompt_ids(tokenizer, "What?", segmentation="auto", depth="auto", image_tokens=1)
+
+
 def test_needs_no_torch() -> None:
     code = "import sys, perceptio.data.template; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

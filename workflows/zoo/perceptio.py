@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import workflows.evaluate
+from perceptio.depth.teacher import inv_depth_from_metric
 from perceptio.generate import Perceiver
 from perceptio.metrics.choices import is_right
 from perceptio.processor import Request
@@ -29,6 +31,7 @@ from schemas.recipe_file import load_recipe
 from workflows import pipeline
 from workflows.cli import RECIPES
 from workflows.folders import local_copy, require
+from workflows.held_out import STEPS
 from workflows.logs import configure
 from workflows.store import open_root
 
@@ -69,7 +72,10 @@ def main() -> None:
 
 
 def first_figures(folder: Path, rooms: int = FIRST_ROOMS) -> dict[str, float]:
-    """Accuracy by kind of question, and cIoU, over one question a room of each kind: a quick check of the card."""
+    """Accuracy by kind of question, cIoU and error of depth, over one question a room of each kind: a quick check.
+
+    Depth is compared with the room's own, not its teacher's.
+    """
     perceiver, limit = Perceiver.from_pretrained(str(folder)), load_recipe(RECIPES / f"{RECIPE}.yaml").evaluate
     asked: list[tuple[Room, Question]] = []
     for index in range(rooms):
@@ -79,6 +85,7 @@ def first_figures(folder: Path, rooms: int = FIRST_ROOMS) -> dict[str, float]:
     asked.sort(key=lambda pair: pair[1].kind)  # replies of one length together
     marks: dict[str, list[float]] = defaultdict(list)
     shared = union = 0
+    errors: list[float] = []
     for start in range(0, len(asked), BATCH):
         part = asked[start : start + BATCH]
         requests = [_request(room, question) for room, question in part]
@@ -89,11 +96,19 @@ def first_figures(folder: Path, rooms: int = FIRST_ROOMS) -> dict[str, float]:
                 true_HW = np.isin(room.instance_HW, question.objects)
                 said_HW = found.masks_MHW.any(0)
                 shared, union = shared + int((true_HW & said_HW).sum()), union + int((true_HW | said_HW).sum())
+                errors.append(_depth_error(room, found.inv_depth_HW))
             else:
                 marks[question.kind].append(is_right(found.text, question.answer, question.choices))
     return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(marks.items())} | {
-        "referring_ciou": round(shared / max(union, 1), 4)
+        "referring_ciou": round(shared / max(union, 1), 4),
+        "generated_depth_mae": round(float(np.mean(errors)), 4),
     }
+
+
+def _depth_error(room: Room, found_HW: npt.NDArray[np.float32] | None) -> float:
+    assert found_HW is not None, "the grammar writes whole blocks"
+    true_HW = inv_depth_from_metric(room.depth_HW).inv_depth_HW / STEPS
+    return float(np.abs(found_HW - true_HW).mean())
 
 
 def _request(room: Room, question: Question) -> Request:
