@@ -29,6 +29,7 @@ class StudyArm(Section):
 
 class StudyRecipe(Section):
     arms: Annotated[tuple[StudyArm, ...], Field(min_length=1)]
+    notes: tuple[str, ...] = Field(default=(), description="what a reader of the page must know, a paragraph each")
 
     @model_validator(mode="after")
     def _named(self) -> StudyRecipe:

@@ -88,6 +88,23 @@ def curves(
     )
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One run's values of a quantity over its steps."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+def curves_together(title: str, lines: Sequence[Curve]) -> dict[str, Any]:
+    """A chart of several runs' curves on one scale, from 0 to what 99 % of the values stay under."""
+    first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
+    top = max(float(np.quantile([value for line in lines for value in line.values], 0.99)), 1e-9)
+    points = {line.name: _points(list(line.steps), list(line.values), top, (first, last)) for line in lines}
+    return {"title": title, "first": first, "last": last, "top": f"{top:.3g}", "lines": points}
+
+
 def whisker(value: float, low: float, high: float, baseline: float) -> Whisker:
     """The positions on a scale from 0 (or the smallest number, if below) to a little above the largest."""
     left = min(0.0, value, low, baseline)
@@ -142,10 +159,13 @@ def _smoothed(values: Sequence[float | None]) -> list[float | None]:
     return found
 
 
-def _points(steps: Sequence[int], values: Sequence[float | None], top: float) -> str:
-    across = max(steps[-1] - steps[0], 1)
+def _points(
+    steps: Sequence[int], values: Sequence[float | None], top: float, span: tuple[int, int] | None = None
+) -> str:
+    first, last = span or (steps[0], steps[-1])
+    across = max(last - first, 1)
     return " ".join(
-        f"{(step - steps[0]) / across * WIDTH:.1f},{HEIGHT * (1 - min(max(value / top, 0), 1)):.1f}"
+        f"{(step - first) / across * WIDTH:.1f},{HEIGHT * (1 - min(max(value / top, 0), 1)):.1f}"
         for step, value in zip(steps, values, strict=True)
         if value is not None and np.isfinite(value)
     )

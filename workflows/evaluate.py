@@ -217,6 +217,8 @@ def _asks(recipe: Recipe, pictures: Sequence[Picture]) -> dict[str, list[Row]]:
     asks: dict[str, list[Row]] = {key: [] for key in PASSES}
     scenes = list(dict.fromkeys(picture.scene for picture in pictures))
     free, blank = set(scenes[: recipe.evaluate.free]), set(scenes[: recipe.evaluate.blank])
+    if recipe.evaluate.codes != "own":
+        free = set()  # codes are forced by the grammar
     masks = any(entry.segmentation for entry in recipe.train.mixture)
     depth = "on" if any(entry.depth for entry in recipe.train.mixture) else "off"
     for number, picture in enumerate(pictures):

@@ -227,7 +227,8 @@ def _points(found: Score, pictures: Sequence[Picture], said: Predictions, blank:
         found.add(f"closest_point_accuracy{suffix}", own, _chance(part), "chance", higher_is_better=True)
         if not suffix:
             _beside_unseen(found, "closest_point_accuracy", part, said, blank)
-            _readable(found, "closest_point", part, said)
+            named = _mean_of_sets(part, [_is_readable(*ask, said) for ask in part])
+            found.add("closest_point_readable", named, _nothing(named), NO_BASELINE, higher_is_better=True)
             if all(picture.turns[i]["points"] for picture, i in part):
                 lowest = _mean_of_sets(part, [_is_lowest(picture.turns[i]) for picture, i in part])
                 found.add("closest_point_accuracy_vs_lowest", own, lowest, "lowest point", higher_is_better=True)
@@ -291,7 +292,10 @@ def _questions(found: Score, pictures: Sequence[Picture], said: Predictions, bla
         usual = sums(scenes, [blind.answer(p.turns[i]) == p.turns[i]["answer"] for p, i in asked])
         found.add(f"{kind}_accuracy", own, usual, "usual training answer", higher_is_better=True)
         _beside_unseen(found, f"{kind}_accuracy", asked, said, blank)
-        _readable(found, kind, asked, said)
+        with_choices = [(picture, i) for picture, i in asked if picture.turns[i]["choices"]]
+        if with_choices:
+            named = sums([p.scene for p, _ in with_choices], [_is_readable(*ask, said) for ask in with_choices])
+            found.add(f"{kind}_readable", named, _nothing(named), NO_BASELINE, higher_is_better=True)
 
 
 def _beside_unseen(
@@ -305,16 +309,9 @@ def _beside_unseen(
         found.add(f"{name}_vs_image_removed", own, unseen, "image removed", higher_is_better=True)
 
 
-def _readable(found: Score, kind: str, asked: Sequence[tuple[Picture, int]], said: Predictions) -> None:
-    """The share of replies that name one of the choices, right or wrong: others are no answer at all."""
-    named = [
-        (picture.scene, read_choice(said[picture.id, i]["text"], picture.turns[i]["choices"]) is not None)
-        for picture, i in asked
-        if picture.turns[i]["choices"]
-    ]
-    if named:
-        own = sums(*zip(*named, strict=True))
-        found.add(f"{kind}_readable", own, _nothing(own), NO_BASELINE, higher_is_better=True)
+def _is_readable(picture: Picture, turn: int, said: Predictions) -> bool:
+    """Whether a reply names one of the choices, right or wrong: else it is no answer at all."""
+    return read_choice(said[picture.id, turn]["text"], picture.turns[turn]["choices"]) is not None
 
 
 def _nothing(own: Sums) -> Sums:

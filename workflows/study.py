@@ -18,7 +18,7 @@ import io
 import json
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,16 @@ import psutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.manifest import MANIFEST_NAME
+from schemas.manifest import MANIFEST_NAME, Manifest
 from schemas.recipe import MixtureEntry, Recipe, StudyArm
 from workflows import evaluate, pipeline, runtime, study_page, train
 from workflows.folders import require
 from workflows.store import OtherInputsError, Root, StageError, open_root
+from workflows.train_log import read_metrics
 
 DIGITS = 6  # of a mark in a finished run's file
+EVERY = 10  # steps that a point of a finished run's curves is the mean of
+CURVES = ("text", "token", "reconstruction", "mask_dice")
 BOX_PARTS = 100  # of a side: how an arm without masks says in words where that is which the others segment
 
 log = logging.getLogger(__name__)
@@ -51,7 +54,8 @@ def run(recipe: Recipe, results: str | None = None) -> str:
             log.info("study: %s, seed %d", arm.name, seed)
             _run(recipe, root, finished, arm, seed)
     runs = [_result(finished, arm, seed, arm_recipe(recipe, arm, seed)) for arm, seed in in_order(recipe)]
-    return study_page.write(recipe, finished, [run for run in runs if run is not None])
+    command = f"perceptio study --recipe {recipe.name}" + (f" --results {results}" if results is not None else "")
+    return study_page.write(recipe, finished, [run for run in runs if run is not None], command)
 
 
 def in_order(recipe: Recipe) -> Iterator[tuple[StudyArm, int]]:
@@ -91,9 +95,11 @@ def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -
     pipeline.run(recipe.model_copy(update={"study": None}), pipeline.DATA)
     _same_data(recipe, root, finished, arm, seed)
     _make_way(recipe, root, own)
-    seconds = pipeline.run(own, pipeline.MODEL)
-    evaluation = json.loads(root.read("eval", evaluate.METRICS) or b"{}")
+    seconds = pipeline.run(own, {"train": pipeline.MODEL["train"]})
     model = require(root, "model", stage="train")
+    _same_model(recipe, finished, arm, seed, model)
+    seconds |= pipeline.run(own, {"evaluate": pipeline.MODEL["evaluate"]})
+    evaluation = json.loads(root.read("eval", evaluate.METRICS) or b"{}")
     result = {
         "arm": arm.name,
         "seed": seed,
@@ -102,7 +108,9 @@ def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -
         "machine": f"{platform.processor() or platform.machine()}, {psutil.cpu_count(logical=False)} cores",
         "precision": model.extra.get("precision"),
         "seconds": seconds,
+        "model": model.digest,
         "inputs": model.inputs,
+        "curves": _curves(root),
         "metrics": evaluation["metrics"],
         **_marks(root, evaluation["evaluation"]),
     }
@@ -125,6 +133,18 @@ def _same_data(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: 
                     f"{finished.at(_name(other, seed))}: its {name} is {seen[name][:16]}, {root.uri} has"
                     f" {own[name][:16]}: finish a seed where it began, or delete that seed's runs"
                 )
+
+
+def _same_model(recipe: Recipe, finished: Root, arm: StudyArm, seed: int, model: Manifest) -> None:
+    """Raises OtherInputsError where an arm of the same training was asked with another model: then codes are not all
+    that differs."""
+    for other, its_seed in in_order(recipe):
+        run = _result(finished, other, seed, arm_recipe(recipe, other, seed)) if its_seed == seed else None
+        if run is not None and run["inputs"] == model.inputs and run["model"] != model.digest:
+            raise OtherInputsError(
+                f"{finished.at(_name(other, seed))}: its model is {run['model'][:16]}, the same training made"
+                f" {model.digest[:16]} for {arm.name}: delete that result to ask this model for both"
+            )
 
 
 def _make_way(recipe: Recipe, root: Root, own: Recipe) -> None:
@@ -158,6 +178,21 @@ def _result(finished: Root, arm: StudyArm, seed: int, own: Recipe) -> Row | None
 
 def _name(arm: StudyArm, seed: int) -> str:
     return f"{arm.name}-{seed}.json"
+
+
+def _curves(root: Root) -> dict[str, list[float]]:
+    """The training's losses and gradient norm, means of EVERY steps; {} where no log is kept."""
+    lines = read_metrics(root, json.loads(root.read("model", "perceptio.json") or b"{}")["run"])
+    parts = [lines[i : i + EVERY] for i in range(0, len(lines), EVERY)]
+    if not parts:
+        return {}
+    found = {name: [_mean([line["terms"][name] for line in part]) for part in parts] for name in CURVES}
+    norms = [_mean([line["gradient_norm"] for line in part]) for part in parts]
+    return {"step": [part[-1]["step"] for part in parts], **found, "gradient_norm": norms}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(f"{np.mean(values):.4g}")
 
 
 def _marks(root: Root, evaluation: str) -> Row:

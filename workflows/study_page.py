@@ -1,258 +1,242 @@
-"""What the study found, as a page and as JSON: every arm beside its blind baseline, and paired with the arm before it.
-
-A figure of an arm is that of all its seeds together: sums by scene, added over the seeds. Intervals hold 95 % and
-resample scenes, the same ones for both sides of a comparison; what training again would change is seen in the dots,
-one a seed, and in no interval.
-
-Shape legend: S scenes.
-"""
+"""What the study found, as JSON and as a page: every arm beside its blind baseline, and beside the arm before it."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-from perceptio.metrics.intervals import Sums, interval, paired_difference
 from schemas.recipe import Recipe, StudyArm
-from workflows.charts import SPAN
+from workflows.charts import SPAN, Curve, curves_together
 from workflows.page import render
 from workflows.store import Root
+from workflows.study_figures import (
+    FIGURES,
+    KINDS,
+    PRIMARY,
+    Difference,
+    Run,
+    Runs,
+    Value,
+    differences,
+    pooled,
+    replies,
+    values,
+)
 
-WORDS = ("attribute_accuracy", "choice_accuracy", "count_accuracy", "distance_accuracy", "yes_no_accuracy")
-FIGURES = {  # name -> title, whether higher is better
-    "referring_ciou": ("Referring segmentation, cIoU", True),
-    "closest_point_accuracy": ("Closest point, mean of 3, 4, 5 points", True),
-    "closest_point_accuracy_3": ("Closest of 3 points", True),
-    "closest_point_accuracy_4": ("Closest of 4 points", True),
-    "closest_point_accuracy_5": ("Closest of 5 points", True),
-    "closest_point_on_generated_map": ("Closest point, read off the generated map", True),
-    "generated_depth_mae": ("Generated map, error in inverse depth", False),
-    "code_accuracy": ("Depth codes equal to the teacher's", True),
-    "well_formed_without_grammar": ("Replies well formed without the grammar", True),
-    "words": ("Other questions, all kinds together", True),
-    "attribute_accuracy": ("What colour is it?", True),
-    "choice_accuracy": ("Multiple choice", True),
-    "count_accuracy": ("How many are there?", True),
-    "distance_accuracy": ("Which of two is closer?", True),
-    "yes_no_accuracy": ("Yes or no", True),
-}
-BESIDE = {  # a figure's ceiling
-    "generated_depth_mae": "reconstruction_mae",
-    "closest_point_on_generated_map": "closest_point_on_reconstruction",
-}
 SAID = ("arm", "seed", "code", "machine", "precision", "seconds")  # of a run
-Run = Mapping[str, Any]
+CURVES = {"text": "Loss of the words", "token": "Loss of the depth codes", "gradient_norm": "Norm of the gradient"}
+TICKS = 5  # of an axis, about
+
+Row = dict[str, Any]
+Values = Mapping[str, Mapping[str, Value]]  # by arm, then by figure
+Differences = Mapping[str, Mapping[str, Mapping[str, Difference]]]  # by arm, by the other arm, by figure
 
 
-@dataclass(frozen=True)
-class Value:
-    """A figure of one arm over all its seeds."""
-
-    value: float
-    low: float
-    high: float
-    scenes: int
-    questions: int | None  # of one seed; None where the figure is no share of right answers
-    seeds: dict[str, float]
-    baseline: float | None  # None where nothing was asked that the figure could stand beside
-    against: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A figure of one arm less that of another, over the seeds that both have, paired by scene."""
-
-    value: float
-    low: float
-    high: float
-    seeds: list[str]
-
-    @property
-    def told(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-
-def write(recipe: Recipe, finished: Root, runs: Sequence[Run]) -> str:
+def write(recipe: Recipe, finished: Root, runs: Sequence[Run], command: str) -> str:
     """Writes study.json and study.html beside the runs; where the page lies."""
     assert recipe.study is not None
-    by_arm = {arm.name: {str(r["seed"]): r for r in runs if r["arm"] == arm.name} for arm in recipe.study.arms}
+    arms = recipe.study.arms
+    by_arm: Runs = {arm.name: {str(r["seed"]): r for r in runs if r["arm"] == arm.name} for arm in arms}
     draw = {"resamples": recipe.evaluate.bootstrap, "seed": recipe.seed}
-    values = {arm.name: _values(by_arm[arm.name], draw) for arm in recipe.study.arms}
-    differences = {arm.name: _differences(arm, by_arm, draw) for arm in recipe.study.arms}
-    ceilings = {figure: _sums(list(runs), name).value for figure, name in BESIDE.items() if _has(runs, name)}
+    found = {arm.name: values(by_arm[arm.name], draw, forced=arm.codes != "own") for arm in arms}
+    apart = {arm.name: differences(arm, by_arm, draw) for arm in arms}
+    ceilings = {name: _ceiling(runs, figure.ceiling) for name, figure in FIGURES.items() if figure.ceiling}
     summary = {
         "recipe": recipe.name,
-        "command": f"perceptio study --recipe {recipe.name}",
-        "arms": [arm.model_dump() for arm in recipe.study.arms],
-        "values": {arm: {f: asdict(v) for f, v in found.items()} for arm, found in values.items()},
+        "command": command,
+        "notes": recipe.study.notes,
+        "arms": [arm.model_dump() for arm in arms],
+        "values": {arm: {f: asdict(v) for f, v in own.items()} for arm, own in found.items()},
         "differences": {
-            arm: {other: {f: asdict(d) for f, d in found.items()} for other, found in against.items()}
-            for arm, against in differences.items()
+            arm: {other: {f: asdict(d) for f, d in own.items()} for other, own in against.items()}
+            for arm, against in apart.items()
         },
         "ceilings": ceilings,
         "runs": [{key: run[key] for key in SAID} | {"codebook": run["inputs"]["codebook"][:8]} for run in runs],
     }
     finished.write(json.dumps(summary, indent=1).encode() + b"\n", "study.json")
+    shown = [name for name in FIGURES if any(name in own for own in found.values())]
     page = render(
         "study.html.j2",
         recipe=recipe,
-        arms=recipe.study.arms,
-        titles={arm.name: arm.title for arm in recipe.study.arms},
-        charts=[_chart(figure, recipe.study.arms, values, ceilings) for figure in FIGURES if _shown(figure, values)],
-        comparisons=_comparisons(recipe.study.arms, differences),
+        arms=arms,
+        notes=recipe.study.notes,
+        titles={arm.name: arm.title for arm in arms},
+        primary={name: PRIMARY[name].title for name in PRIMARY if name in shown},
+        summary=_summary(arms, found),
+        charts=[_chart(name, arms, found, ceilings.get(name)) for name in shown],
+        forests=[_forest(name, arms, apart) for name in PRIMARY if name in shown],
+        comparisons=_comparisons(arms, apart),
+        replies=_replies(arms, by_arm),
+        curves=[chart for name, title in CURVES.items() if (chart := _curves(title, name, arms, by_arm))],
         runs=summary["runs"],
-        command=summary["command"],
+        minutes=sum(sum(run["seconds"].values()) for run in runs) / 60,
+        command=command,
     )
     finished.write(page.encode(), "study.html")
     return finished.at("study.html")
 
 
-def _values(runs: Mapping[str, Run], draw: dict[str, int]) -> dict[str, Value]:
-    found = {}
-    for figure in FIGURES:
-        having = {seed: run for seed, run in runs.items() if _has([run], figure)}
-        if not having:
-            continue
-        marks, metrics = _sums(list(having.values()), figure), next(iter(having.values()))["metrics"]
-        all_seeds = interval(marks, **draw)
-        found[figure] = Value(
-            value=round(all_seeds.value, 4),
-            low=round(all_seeds.low, 4),
-            high=round(all_seeds.high, 4),
-            scenes=all_seeds.n,
-            questions=round(marks.denominator_I.sum() / len(having)) if figure in ("words", *WORDS) else None,
-            seeds={seed: round(_sums([run], figure).value, 4) for seed, run in having.items()},
-            **_baseline(metrics, figure, marks),
-        )
-    return found
+def _ceiling(runs: Sequence[Run], name: str) -> float | None:
+    having = [run for run in runs if name in run["marks"]]
+    return round(pooled(having, name).value, 4) if having else None
 
 
-def _baseline(metrics: Mapping[str, Any], figure: str, marks: Sums) -> dict[str, Any]:
-    if figure != "words":
-        own = metrics[figure]
-        return {"baseline": None if own["against"] == "none" else round(own["baseline"], 4), "against": own["against"]}
-    usual = [(metrics[kind]["baseline"], metrics[kind]["n"]) for kind in WORDS if kind in metrics]
-    share = sum(value * n for value, n in usual) / sum(n for _, n in usual)
-    return {"baseline": round(share, 4), "against": "usual training answer"}
-
-
-def _differences(
-    arm: StudyArm, by_arm: Mapping[str, Mapping[str, Run]], draw: dict[str, int]
-) -> dict[str, dict[str, Difference]]:
-    """By the other arm's name, then by figure."""
-    found: dict[str, dict[str, Difference]] = {}
-    for name in arm.against:
-        own, other = by_arm[arm.name], by_arm[name]
-        found[name] = {}
-        for figure in FIGURES:
-            seeds = [s for s in own if s in other and _has([own[s]], figure) and _has([other[s]], figure)]
-            if not seeds:
-                continue
-            first, second = _shared(*(_sums([runs[seed] for seed in seeds], figure) for runs in (own, other)))
-            apart = paired_difference(first, second, **draw)
-            found[name][figure] = Difference(round(apart.value, 4), round(apart.low, 4), round(apart.high, 4), seeds)
-    return found
-
-
-def _has(runs: Sequence[Run], figure: str) -> bool:
-    return any(name in run["marks"] for run in runs for name in (WORDS if figure == "words" else (figure,)))
-
-
-def _sums(runs: Sequence[Run], figure: str) -> Sums:
-    """The sums of a figure by scene, added over runs; scenes without a question of its kind are left out."""
-    total: defaultdict[str, np.ndarray[Any, Any]] = defaultdict(lambda: np.zeros(2))
-    for run in runs:
-        for name in WORDS if figure == "words" else (figure,):
-            for scene, *pair in zip(run["scenes"], *run["marks"].get(name, ((), ())), strict=False):
-                total[scene] += pair
-    scenes = [scene for scene in sorted(total) if total[scene][1] > 0]
-    sums_S2 = np.array([total[scene] for scene in scenes])
-    return Sums(sums_S2[:, 0], sums_S2[:, 1], tuple(scenes))
-
-
-def _shared(a: Sums, b: Sums) -> tuple[Sums, Sums]:
-    """Both over the scenes that both have."""
-    scenes = sorted({*a.images} & {*b.images}, key=str)
-
-    def part(of: Sums) -> Sums:
-        place = {scene: i for i, scene in enumerate(of.images)}
-        at = [place[scene] for scene in scenes]
-        return Sums(of.numerator_I[at], of.denominator_I[at], tuple(scenes))
-
-    return part(a), part(b)
-
-
-def _shown(figure: str, values: Mapping[str, Mapping[str, Value]]) -> bool:
-    return any(figure in found for found in values.values())
-
-
-def _chart(
-    figure: str,
-    arms: Sequence[StudyArm],
-    values: Mapping[str, Mapping[str, Value]],
-    ceilings: Mapping[str, float],
-) -> dict[str, Any]:
-    """One figure of every arm as a row of dots: all seeds with their interval, single seeds, baseline, ceiling."""
-    own = {arm: found[figure] for arm, found in values.items() if figure in found}
-    marks = [x for v in own.values() for x in (v.low, v.high, *v.seeds.values())]
-    marks += [v.baseline for v in own.values() if v.baseline is not None]
-    marks += [ceilings[figure]] if figure in ceilings else []
-    low, high = min(marks), max(marks)
-    margin = 0.05 * max(high - low, 1e-3)
-
-    def x(value: float) -> float:
-        return round(2 * SPAN * (value - low + margin) / (high - low + 2 * margin), 1)
-
-    title, higher = FIGURES[figure]
-    rows = [
+def _summary(arms: Sequence[StudyArm], found: Values) -> list[Row]:
+    """A row an arm: of each primary figure its value, its seeds, and what its seeds say beside the blind guess."""
+    return [
         {
             "title": arm.title,
-            "value": _number(v.value),
-            "interval": f"{_number(v.low)} to {_number(v.high)}",
-            "x": x(v.value),
-            "low": x(v.low),
-            "high": x(v.high),
-            "seeds": [x(value) for value in v.seeds.values()],
-            "said": ", ".join(f"seed {seed}: {_number(value)}" for seed, value in v.seeds.items()),
-            "baseline": None if v.baseline is None else x(v.baseline),
-            "beside": "" if v.baseline is None else _number(v.baseline),
-            "against": v.against,
-            "n": v.questions or v.scenes,
+            "cells": {
+                name: {
+                    "value": _number(own.value),
+                    "seeds": " / ".join(map(_number, own.seeds.values())) if len(own.seeds) > 1 else "",
+                    "blind": "" if own.baseline is None else _number(own.baseline),
+                    "verdict": _together(list(own.verdicts.values())),
+                }
+                for name in PRIMARY
+                if (own := found[arm.name].get(name))
+            },
         }
         for arm in arms
-        if (v := own.get(arm.name)) is not None
+        if found[arm.name]
     ]
-    ceiling = ceilings.get(figure)
+
+
+def _together(verdicts: Sequence[str]) -> str:
+    """What all seeds say, "" where there is nothing to say."""
+    return "" if not verdicts else verdicts[0] if len(set(verdicts)) == 1 else "open"
+
+
+class _Axis:
+    """Places on a drawing of some width, and round numbers under it."""
+
+    def __init__(self, marks: Sequence[float], width: float) -> None:
+        low, high = min(marks), max(marks)
+        margin = 0.05 * max(high - low, 1e-3)
+        self.low, self.high, self.width = low - margin, high + margin, width
+
+    def x(self, value: float) -> float:
+        return round(self.width * (value - self.low) / (self.high - self.low), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Places and labels of round numbers."""
+        values = MaxNLocator(TICKS).tick_values(self.low, self.high)
+        return [(self.x(value), f"{value:.4g}") for value in values if self.low <= value <= self.high]
+
+
+def _chart(name: str, arms: Sequence[StudyArm], found: Values, ceiling: float | None) -> Row:
+    """One figure of every arm as a row of dots: all seeds with their interval, single seeds, baseline, ceiling."""
+    own = {arm: figures[name] for arm, figures in found.items() if name in figures}
+    marks = [x for v in own.values() for x in (v.low, v.high, *v.seeds.values())]
+    marks += [v.baseline for v in own.values() if v.baseline is not None]
+    axis = _Axis([*marks, ceiling] if ceiling is not None else marks, 2 * SPAN)
+    figure = FIGURES[name]
     return {
-        "title": title,
-        "better": "higher is better" if higher else "lower is better",
-        "rows": rows,
-        "width": 2 * SPAN,
-        "ceiling": None if ceiling is None else x(ceiling),
+        "title": figure.title,
+        "better": "higher is better" if figure.higher_is_better else "lower is better",
+        "width": axis.width,
+        "ticks": axis.ticks(),
+        "ceiling": None if ceiling is None else axis.x(ceiling),
         "best": None if ceiling is None else _number(ceiling),
+        "rows": [
+            {
+                "title": arm.title,
+                "value": _number(v.value),
+                "interval": f"{_number(v.low)} to {_number(v.high)}",
+                "seeds": " / ".join(map(_number, v.seeds.values())),
+                "x": axis.x(v.value),
+                "low": axis.x(v.low),
+                "high": axis.x(v.high),
+                "dots": [axis.x(value) for value in v.seeds.values()] if len(v.seeds) > 1 else [],
+                "baseline": None if v.baseline is None else axis.x(v.baseline),
+                "beside": "" if v.baseline is None else _number(v.baseline),
+                "against": v.against,
+                "n": f"{v.questions:,}",
+            }
+            for arm in arms
+            if (v := own.get(arm.name)) is not None
+        ],
     }
 
 
-def _comparisons(
-    arms: Sequence[StudyArm], differences: Mapping[str, Mapping[str, Mapping[str, Difference]]]
-) -> list[dict[str, Any]]:
+def _forest(name: str, arms: Sequence[StudyArm], apart: Differences) -> Row:
+    """One figure's paired differences of all comparisons, around 0."""
     titles = {arm.name: arm.title for arm in arms}
+    pairs = [(a.title, titles[other], d[name]) for a in arms for other, d in apart[a.name].items() if name in d]
+    axis = _Axis([0.0, *(x for _, _, d in pairs for x in (d.low, d.high, *d.seeds.values()))], 1.5 * SPAN)
+    return {
+        "title": FIGURES[name].title,
+        "better": "right of 0 is better" if FIGURES[name].higher_is_better else "left of 0 is better",
+        "width": axis.width,
+        "zero": axis.x(0),
+        "ticks": axis.ticks(),
+        "rows": [
+            {
+                "arm": arm,
+                "other": other,
+                "said": _said(d),
+                "verdict": d.verdict,
+                "x": axis.x(d.value),
+                "low": axis.x(d.low),
+                "high": axis.x(d.high),
+                "dots": [axis.x(value) for value in d.seeds.values()] if len(d.seeds) > 1 else [],
+            }
+            for arm, other, d in pairs
+        ],
+    }
+
+
+def _comparisons(arms: Sequence[StudyArm], apart: Differences) -> list[Row]:
+    titles = {arm.name: arm.title for arm in arms}
+    return [
+        {
+            "arm": arm.title,
+            "against": titles[other],
+            "rows": [
+                {
+                    "title": FIGURES[name].title,
+                    "said": _said(d),
+                    "seeds": " / ".join(f"{value:+.3f}" for value in d.seeds.values()),
+                    "verdict": d.verdict,
+                    "single": len(d.seeds) == 1,
+                }
+                for name, d in by_figure.items()
+            ],
+        }
+        for arm in arms
+        for other, by_figure in apart[arm.name].items()
+        if by_figure
+    ]
+
+
+def _replies(arms: Sequence[StudyArm], by_arm: Runs) -> list[Row]:
+    """By kind of question, an arm's replies as shares: right, wrong, none of the choices."""
     found = []
-    for arm in arms:
-        for other, by_figure in differences[arm.name].items():
-            rows = []
-            for figure, apart in by_figure.items():
-                title, higher = FIGURES[figure]
-                verdict = "open" if not apart.told else "better" if (apart.value > 0) == higher else "worse"
-                said = f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
-                rows.append({"title": title, "said": said, "verdict": verdict, "seeds": ", ".join(apart.seeds)})
-            found.append({"arm": arm.title, "against": titles[other], "rows": rows})
+    for kind, title in {"closest_point": PRIMARY["closest_point_accuracy"].title, **KINDS}.items():
+        rows = [(arm.title, replies(list(by_arm[arm.name].values()), kind)) for arm in arms]
+        bars = [{"title": name, "shares": [round(100 * x, 1) for x in shares]} for name, shares in rows if shares]
+        if bars:
+            found.append({"title": title, "bars": bars})
     return found
+
+
+def _curves(title: str, name: str, arms: Sequence[StudyArm], by_arm: Runs) -> Row | None:
+    """One quantity over the steps, a line an arm (its first seed whose log is kept); None where no log is."""
+    lines = []
+    for arm in arms:
+        kept = [run["curves"] for run in by_arm[arm.name].values() if run.get("curves")] if arm.codes == "own" else []
+        if kept and any(kept[0][name]):
+            lines.append(Curve(arm.title, kept[0]["step"], kept[0][name]))
+    return curves_together(title, lines) if lines else None
+
+
+def _said(d: Difference) -> str:
+    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
 
 
 def _number(value: float) -> str:

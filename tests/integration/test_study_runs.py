@@ -85,6 +85,9 @@ def test_every_arm_leaves_its_figures_and_their_sums_by_scene(studied: Recipe) -
 def test_forced_codes_are_asked_of_the_same_model_and_are_the_teachers(studied: Recipe) -> None:
     full, oracle = results(studied)["full"], results(studied)["oracle"]
     assert oracle["inputs"] == full["inputs"] and oracle["seconds"]["train"] < 5 < full["seconds"]["train"]
+    assert oracle["model"] == full["model"] != results(studied)["text"]["model"]
+    assert "well_formed_without_grammar" in full["metrics"], "but codes are forced by the grammar alone"
+    assert "well_formed_without_grammar" not in oracle["metrics"]
     assert oracle["metrics"]["code_accuracy"]["value"] == 1 > full["metrics"]["code_accuracy"]["value"]
     ceiling = oracle["metrics"]["reconstruction_mae"]["value"]
     assert oracle["metrics"]["generated_depth_mae"]["value"] == pytest.approx(ceiling)
@@ -93,11 +96,30 @@ def test_forced_codes_are_asked_of_the_same_model_and_are_the_teachers(studied: 
 def test_the_page_pairs_arms_and_names_what_it_came_from(studied: Recipe) -> None:
     folder = Path(studied.root) / "study"
     summary = json.loads((folder / "study.json").read_text())
-    apart = summary["differences"]["oracle"]["full"]["code_accuracy"]
-    assert apart["value"] == pytest.approx(1 - results(studied)["full"]["metrics"]["code_accuracy"]["value"], abs=1e-4)
-    assert apart["low"] <= apart["value"] <= apart["high"] and apart["seeds"] == ["1"]
+    apart = summary["differences"]["full"]["text"]["yes_no_accuracy"]
+    own, other = (results(studied)[name]["metrics"]["yes_no_accuracy"]["value"] for name in ("full", "text"))
+    assert apart["value"] == pytest.approx(own - other, abs=1e-4) and list(apart["seeds"]) == ["1"]
+    assert "code_accuracy" not in summary["differences"]["oracle"]["full"], "it says nothing of codes that are forced"
     page = (folder / "study.html").read_text()
     assert all(arm.title in page for arm in ARMS) and summary["command"] in page
+
+
+def test_curves_outlive_the_checkpoints(studied: Recipe) -> None:
+    for name, found in results(studied).items():
+        assert found["curves"]["step"] == [2], "two steps are one mean"
+        assert (found["curves"]["token"][0] > 0) is (name != "text")
+        assert found["curves"]["gradient_norm"][0] > 0
+
+
+def test_codes_forced_on_another_model_than_the_one_compared_are_refused(studied: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(Path(studied.root) / "study", tmp_path / "study")
+    (tmp_path / "study" / "oracle-1.json").unlink()
+    made = tmp_path / "study" / "full-1.json"
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"model": "another's"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "DATA", {})
+        with pytest.raises(OtherInputsError, match=r"full-1\.json: its model is another's, the same training made"):
+            study.run(studied, str(tmp_path / "study"))
 
 
 def test_a_finished_study_trains_and_asks_nothing(studied: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
