@@ -34,6 +34,7 @@ class Written:
     finish: Literal["", "stop", "length"] = ""
     state: State = field(default_factory=State)
     words: int = 0
+    cut: bool = False  # words were cut off, though a block came behind them
 
 
 @torch.inference_mode()
@@ -60,7 +61,7 @@ def decode(
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     replies = [Written(grammar) for grammar in grammars]
     forced = {b: _block(grammars[b], codes, use_grammar) for b, codes in (forced_codes or {}).items()}
-    head = _Head(model.lm_head.weight, model.config.vocabulary, eos_id)
+    head = _Head(model.lm_head.weight, model.config.vocabulary, eos_id, grammars[0])
     cache = DynamicCache(config=model.config.get_text_config())
     mask_BT = attention_mask_BT
     places_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
@@ -90,7 +91,7 @@ def decode(
 def _take(reply: Written, token_id: int, eos_id: int, max_new_tokens: int, use_grammar: bool) -> None:
     """Puts the next token behind a reply, and ends it where it is the end of turn or the last that fits."""
     if token_id == eos_id:
-        reply.finish = "stop"
+        reply.finish = "length" if reply.cut else "stop"
         return
     reply.ids.append(token_id)
     grammar = reply.grammar
@@ -102,14 +103,15 @@ def _take(reply: Written, token_id: int, eos_id: int, max_new_tokens: int, use_g
     if reply.words >= max_new_tokens and reply.state.phase is Phase.TEXT:
         last = grammar.without_more_words(reply.state)
         reply.finish, reply.state = ("length", reply.state) if last is None else ("", last)
+        reply.cut = True
 
 
 def _block(grammar: ReplyGrammar, codes: Sequence[int], use_grammar: bool) -> list[int]:
     """The token ids of forced codes."""
-    if len(codes) != grammar.tokens or grammar.depth == "off" or not use_grammar:
+    if len(codes) != grammar.tokens or grammar.depth != "on" or not use_grammar:
         raise ValueError(
             f"forced codes: {len(codes)} with depth '{grammar.depth}' and the grammar {'on' if use_grammar else 'off'},"
-            f" expected {grammar.tokens}, a request for depth and the grammar on"
+            f" expected {grammar.tokens} with depth 'on' and the grammar on"
         )
     return grammar.vocabulary.ids_of_codes(codes)
 
@@ -117,8 +119,10 @@ def _block(grammar: ReplyGrammar, codes: Sequence[int], use_grammar: bool) -> li
 class _Head:
     """The output head, of which only the rows are computed that the grammar leaves open."""
 
-    def __init__(self, weight_VD: Tensor, vocabulary: SpatialVocabulary, eos_id: int) -> None:
+    def __init__(self, weight_VD: Tensor, vocabulary: SpatialVocabulary, eos_id: int, grammar: ReplyGrammar) -> None:
         self.weight_VD, self.vocabulary, self.eos_id = weight_VD, vocabulary, eos_id
+        rows = len(weight_VD)  # padded ones have no token
+        self.never = [*grammar.control_ids, *range(rows if grammar.size is None else grammar.size, rows)]
         self._shut: dict[Allowed, Tensor] = {}
 
     def best(self, hidden_BD: Tensor, allowed: Sequence[Allowed]) -> list[int]:
@@ -157,5 +161,6 @@ class _Head:
                 (rule.end, [self.eos_id]),
             )
             ids = [token_id for free, group in groups if free != shut for token_id in group]
+            ids += self.never if shut and rule != ANYTHING else []
             self._shut[rule] = torch.tensor(ids, dtype=torch.long, device=self.weight_VD.device)
         return self._shut[rule]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceptio.decoding import Written, decode
-from perceptio.grammar import Reply
+from perceptio.grammar import Reply, ReplyGrammar
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import PerceptioProcessor, Request
 from perceptio.segmentation.sam2_image import preprocess
@@ -75,12 +75,18 @@ class Perceiver:
             return []
         started = time.perf_counter()
         asked = self.processor.ask(requests).to(self.model.device, dtype=self.model.dtype)
+        grammars = [self.processor.grammar(request.segmentation, request.depth) for request in requests]
+        for number, (grammar, tokens) in enumerate(zip(grammars, asked["attention_mask"].sum(1).tolist(), strict=True)):
+            try:
+                self.require_room(tokens, grammar, max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"request {number}: {error}") from error
         written = decode(
             self.model,
             asked["input_ids"],
             asked["attention_mask"],
             asked["pixel_values"],
-            [self.processor.grammar(request.segmentation, request.depth) for request in requests],
+            grammars,
             eos_id=self.eos_id,
             max_new_tokens=max_new_tokens,
             use_grammar=use_grammar,
@@ -95,6 +101,16 @@ class Perceiver:
         depths = self._depths(requests, replies) if make_parts else [None] * len(requests)
         seconds = {"generate": generated - started, "masks": masked - generated, "depth": time.perf_counter() - masked}
         return [self._perception(*parts, seconds) for parts in zip(written, replies, masks, depths, strict=True)]
+
+    def require_room(self, tokens: int, grammar: ReplyGrammar, max_new_tokens: int) -> None:
+        """Raises ValueError where a prompt of so many tokens and its longest reply do not fit the model's context."""
+        room = int(self.model.config.get_text_config().max_position_embeddings)
+        reply = grammar.longest_block + max_new_tokens
+        if tokens + reply > room:
+            raise ValueError(
+                f"its prompt is {tokens} tokens and its reply up to {reply}, expected at most {room} together: ask"
+                " shorter, or lower max_new_tokens"
+            )
 
     def _masks(
         self, requests: Sequence[Request], states: Sequence[Sequence[Tensor]]

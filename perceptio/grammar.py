@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
 
 from perceptio.vocabulary import SpatialVocabulary
 
 Part = Literal["auto", "on", "off"]
+PARTS = get_args(Part)
 
 
 class Phase(Enum):
@@ -70,6 +71,8 @@ class ReplyGrammar:
     """The grammar of one request (lineage: AURORA forces the count at decode time; form: reconstruction).
 
     `tokens` is N. `segmentation` / `depth`: "on" demands the part, "off" forbids it, "auto" leaves it to the model.
+    `control_ids` are the tokenizer's other special tokens but the end of turn, which no reply may hold, and `size` is
+    one more than its last id. Raises ValueError for another part than these, and for no object or code at all.
     """
 
     vocabulary: SpatialVocabulary
@@ -78,6 +81,16 @@ class ReplyGrammar:
     segmentation: Part = "auto"
     depth: Part = "auto"
     depth_after_text: bool = False
+    control_ids: frozenset[int] = frozenset()
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("segmentation", self.segmentation), ("depth", self.depth)):
+            if value not in PARTS:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(PARTS)}")
+        for name, number in (("tokens", self.tokens), ("max_objects", self.max_objects)):
+            if number < 1:
+                raise ValueError(f"{name} is {number}, expected at least 1")
 
     @property
     def longest_block(self) -> int:
@@ -111,7 +124,7 @@ class ReplyGrammar:
     def advance(self, state: State, token_id: int) -> State:
         """The state after one more token; raises ValueError where the grammar does not allow it."""
         kind, allowed = self.kind(token_id), self.allowed(state)
-        if not getattr(allowed, kind):
+        if not getattr(allowed, kind, False):
             raise ValueError(f"token {token_id} ({kind}) cannot follow phase '{state.phase.value}'")
         match kind:
             case "seg":
@@ -159,10 +172,15 @@ class ReplyGrammar:
         return Reply(state.objects, tuple(whole), tuple(text), problem)
 
     def kind(self, token_id: int) -> str:
-        """What a token is to the grammar: the name of a field of `Allowed`. It does not know the end of turn."""
+        """What a token is to the grammar: the name of a field of `Allowed`, or "control", which is never allowed.
+
+        It does not know the end of turn.
+        """
         vocabulary = self.vocabulary
         if token_id in vocabulary.code_ids:
             return "codes"
+        if token_id in self.control_ids or token_id < 0 or (self.size is not None and token_id >= self.size):
+            return "control"
         named = {
             vocabulary.seg_id: "seg",
             vocabulary.depth_start_id: "depth_start",

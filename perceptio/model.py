@@ -27,7 +27,7 @@ from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.mask_decoder import MaskPrediction, SegMaskDecoder
 from perceptio.segmentation.sam2_image import Sam2Features, Sam2ImageConfig, Sam2ImageModel
 from perceptio.vlm.backbone import MODEL_TYPE, count_lora, extend_vocabulary, load_backbone
-from perceptio.vocabulary import spatial_tokens
+from perceptio.vocabulary import require_fresh
 from schemas.training import SpatialName
 
 CODEBOOK_FOLDER = "codebook"
@@ -57,7 +57,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         """Last-layer, post-norm hidden states [B, T, D] of whole sequences; nothing reaches the output head.
 
         With `packed_to`, right-padded samples are read behind one another, in rows of at most so many tokens. A batch
-        of words alone has no tiles in `pixel_values`.
+        of words alone has no tiles in `pixel_values`. Raises ValueError where the batch has another number of image
+        tokens than its tiles make features; that each sample has its own is for `ask` and `collate` to see to.
         """
         if len(pixel_values) == 0:
             return self._words_alone(input_ids_BT, attention_mask_BT, pixel_values, packed_to=packed_to)
@@ -190,11 +191,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         torch before. Raises ValueError for a base that has spatial tokens already.
         """
         backbone, processor = load_backbone(str(base), dtype=dtype, **hub)
-        if known := set(spatial_tokens(1)) & processor.tokenizer.get_vocab().keys():
-            raise ValueError(
-                f"base '{base}': its tokenizer has {sorted(known)} already, expected none: start from an InternVL"
-                " as it was before it was extended"
-            )
+        require_fresh(processor.tokenizer, str(base))
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
         vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes, starts_as=starts_as)

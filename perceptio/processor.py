@@ -19,7 +19,7 @@ from perceptio.config import PerceptioConfig
 from perceptio.data.template import prompt_ids
 from perceptio.depth.codec import DepthCodec
 from perceptio.grammar import Part, Reply, ReplyGrammar
-from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
+from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer, require_fresh
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,32 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
         self.depth_codes, self.depth_tokens = depth_codes, depth_tokens
         self.max_objects, self.depth_after_text = max_objects, depth_after_text
         self._vocabulary = SpatialVocabulary.of(tokenizer, depth_codes)
+        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control_ids = frozenset(special - self._vocabulary.all_ids - {tokenizer.eos_token_id})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, source: str | Path, *args: Any, codebook: str | Path | None = None, max_objects: int = 5, **kwargs: Any
+        cls,
+        source: str | Path,
+        *args: Any,
+        codebook: str | Path | None = None,
+        max_objects: int | None = None,
+        **kwargs: Any,
     ) -> PerceptioProcessor:
-        """The processor of a Perceptio folder or hub id, or of an InternVL's with the spatial tokens of `codebook`."""
+        """The processor of a Perceptio folder or hub id, or of an InternVL's with the spatial tokens of `codebook`.
+
+        `max_objects` is the InternVL's, 5 by default. Raises ValueError where it is given for a Perceptio, and for an
+        InternVL that has spatial tokens already.
+        """
         if codebook is None:
+            if max_objects is not None:
+                raise ValueError(f"{source}: max_objects is {max_objects}, but a Perceptio's is fixed in its folder")
             found: PerceptioProcessor = super().from_pretrained(source, *args, **kwargs)
             return found
         base, codec = InternVLProcessor.from_pretrained(source, *args, **kwargs), DepthCodec.from_pretrained(codebook)
+        require_fresh(base.tokenizer, str(source))
         extend_tokenizer(base.tokenizer, codec.codes)
-        return cls._with_tokens(base, codec.codes, codec.tokens, max_objects)
+        return cls._with_tokens(base, codec.codes, codec.tokens, max_objects or 5)
 
     @classmethod
     def of(cls, base: InternVLProcessor, config: PerceptioConfig) -> PerceptioProcessor:
@@ -106,16 +120,26 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
             segmentation,
             depth,
             depth_after_text=self.depth_after_text,
+            control_ids=self._control_ids,
+            size=len(self.tokenizer),
         )
 
     def ask(self, requests: Sequence[Request]) -> BatchFeature:
         """`input_ids` and `attention_mask` [B, T] up to where replies begin, and the `pixel_values` of all tiles.
 
-        Raises ValueError for a question without a word.
+        Raises ValueError for a question without a word, for other parts than "on", "off" and "auto", and for an image
+        that is not [H, W, 3] of uint8.
         """
-        if blank := [number for number, request in enumerate(requests) if not request.question.strip()]:
-            raise ValueError(f"request {blank[0]}: its question is blank, expected words")
-        images = self.image_processor([request.rgb_HW3 for request in requests], return_tensors="pt")
+        for number, request in enumerate(requests):
+            if not request.question.strip():
+                raise ValueError(f"request {number}: its question is blank, expected words")
+            self.grammar(request.segmentation, request.depth)  # raises
+            image = request.rgb_HW3
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ValueError(f"request {number}: image is {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
+        images = self.image_processor(
+            [request.rgb_HW3 for request in requests], return_tensors="pt", input_data_format="channels_last"
+        )
         prompts = [
             prompt_ids(
                 self.tokenizer,
@@ -134,7 +158,7 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
 
     def read(self, ids: Sequence[int], request: Request) -> Reply:
         """A reply's parts, up to its end of turn: never mended, and told what is wrong with it."""
-        ids = list(ids)
+        ids = [int(token_id) for token_id in ids]  # a tensor's elements are equal to no number as keys
         end = self.tokenizer.eos_token_id
         return self.grammar(request.segmentation, request.depth).parse(ids[: ids.index(end)] if end in ids else ids)
 

@@ -61,6 +61,12 @@ class SpatialVocabulary:
                 f"tokenizer: extended with {_codes_in(tokenizer)} depth codes, expected {codes}: use the tokenizer "
                 "saved with this codebook"
             )
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if plain := [token for token in wanted if token not in special]:
+            raise ValueError(
+                f"tokenizer: {len(plain)} of {len(wanted)} spatial tokens are not special, the first {plain[0]!r}, so"
+                " that words could spell them: extend a fresh tokenizer with extend_tokenizer"
+            )
         ids = [present[_CODE.format(code)] for code in range(codes)]
         if ids != list(range(ids[0], ids[0] + codes)):
             raise ValueError(
@@ -124,11 +130,20 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, codes: int) -> SpatialV
     return SpatialVocabulary.of(tokenizer, codes)
 
 
+def require_fresh(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Raises ValueError where a base's tokenizer has spatial tokens already, whatever their number of codes."""
+    known = {token for token in tokenizer.get_vocab() if token in (SEG, DEPTH_START, DEPTH_END)}
+    if known or _codes_in(tokenizer):
+        raise ValueError(
+            f"{source}: its tokenizer has {sorted(known)} and {_codes_in(tokenizer)} depth codes already, expected"
+            " none: start from an InternVL as it was before it was extended"
+        )
+
+
 def _codes_in(tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of depth code tokens that the tokenizer already has."""
-    present = tokenizer.get_added_vocab()
-    code_prefix, code_suffix = _CODE.split("{}")
+    prefix, suffix = _CODE.split("{}")
     return sum(
-        token.startswith(code_prefix) and token.endswith(code_suffix) and token not in (DEPTH_START, DEPTH_END)
-        for token in present
+        token.startswith(prefix) and token.endswith(suffix) and token[len(prefix) : -len(suffix)].isdecimal()
+        for token in tokenizer.get_added_vocab()
     )

@@ -13,13 +13,14 @@ from perceptio.decoding import ANYTHING
 from perceptio.grammar import Allowed, ReplyGrammar, State
 from perceptio.model import PerceptioForConditionalGeneration
 
-KINDS = ("seg", "depth_start", "codes", "depth_end", "text", "end")
+KINDS = ("seg", "depth_start", "codes", "depth_end", "text", "end", "control")
 
 
 def kinds_of(grammar: ReplyGrammar, vocabulary_size: int, eos_id: int) -> Tensor:
     """The kind of every token, as an index into KINDS: [V]."""
     vocabulary = grammar.vocabulary
     kind_V = torch.full((vocabulary_size,), KINDS.index("text"))
+    kind_V[[*grammar.control_ids, *range(grammar.size or vocabulary_size, vocabulary_size)]] = KINDS.index("control")
     kind_V[eos_id] = KINDS.index("end")
     kind_V[vocabulary.seg_id] = KINDS.index("seg")
     kind_V[vocabulary.depth_start_id] = KINDS.index("depth_start")
@@ -30,7 +31,8 @@ def kinds_of(grammar: ReplyGrammar, vocabulary_size: int, eos_id: int) -> Tensor
 
 def open_tokens(allowed: Sequence[Allowed], kind_V: Tensor) -> Tensor:
     """Whether each token may come next, for each sequence: [B, V]."""
-    allowed_BK = torch.tensor([[getattr(rule, name) for name in KINDS] for rule in allowed], device=kind_V.device)
+    rules = [[rule == ANYTHING or getattr(rule, name, False) for name in KINDS] for rule in allowed]
+    allowed_BK = torch.tensor(rules, device=kind_V.device)
     return allowed_BK[:, kind_V]
 
 

@@ -185,6 +185,10 @@ async def _from_form(headers: Headers, body: bytes) -> tuple[PerceiveRequest, by
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
         raise RefusedError(400, f"body: no multipart form that can be read: {error}") from error
+    names = [name for name, _ in form.multi_items()]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        await form.close()
+        raise RefusedError(422, f"{repeated}: given {names.count(repeated)} times, expected once", repeated)
     file = form.get("image")
     if not isinstance(file, UploadFile):
         raise RefusedError(422, f"image: got {'a text field' if file else 'nothing'}, expected a file upload", "image")

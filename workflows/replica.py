@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from ray import serve
 
+from perceptio.data.collator import count_image_tokens
 from perceptio.data.images import encode_depth16
 from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import prompt_ids
@@ -51,9 +52,18 @@ class Model:
 
     async def answer(self, query: Query) -> PerceiveReply:
         """The reply; raises RefusedError for a question that cannot be put to the model."""
-        asked, tokenizer = query.request, self.perceiver.processor.tokenizer
+        asked, processor = query.request, self.perceiver.processor
+        slots = count_image_tokens(processor, *query.rgb_HW3.shape[:2])
         try:
-            prompt_ids(tokenizer, asked.question, segmentation=asked.segmentation, depth=asked.depth, image_tokens=1)
+            ids = prompt_ids(
+                processor.tokenizer,
+                asked.question,
+                segmentation=asked.segmentation,
+                depth=asked.depth,
+                image_tokens=slots,
+            )
+            grammar = processor.grammar(asked.segmentation, asked.depth)
+            self.perceiver.require_room(len(ids), grammar, query.max_new_tokens)
         except ValueError as error:  # alone here, lest it fail the whole batch
             raise RefusedError(422, str(error), "question") from error
         reply: PerceiveReply = await self._batched(query)

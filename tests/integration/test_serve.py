@@ -210,6 +210,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, list[str]]] = {
     "no question": ({"question": None}, 422, "question", ["question"]),
     "blank question": ({"question": "  "}, 422, "question", ["blanks"]),
     "long question": ({"question": "a" * 2001}, 422, "question", ["2001", "2000"]),
+    "question beyond the context": ({"question": "語" * 2000}, 422, "question", ["expected at most 4096 together"]),
     "too many tokens": ({"max_new_tokens": 999}, 422, "max_new_tokens", ["999", "4"]),
     "no base64": ({"image": "%%%"}, 422, "image", ["base64"]),
     "an address": ({"image": "http://localhost/a.png"}, 422, "image", ["not fetched"]),
@@ -243,6 +244,10 @@ def test_a_wrong_body_or_route_is_told_what_is_wrong(service: Service) -> None:
     assert form.status_code == 400
     no_file = post("/v1/perceive", data={"question": "?"}, files={"other": b"x"})
     assert (no_file.status_code, no_file.json()["field"]) == (422, "image")
+    twice = post("/v1/perceive", data={"question": ["What?", "Why?"]}, files={"image": ("a.png", picture())})
+    assert (twice.status_code, twice.json()["field"]) == (422, "question")
+    both = post("/v1/perceive", data={"question": "?", "image": "x"}, files={"image": ("a.png", picture())})
+    assert (both.status_code, both.json()["field"]) == (422, "image")
     stream = post(
         "/v1/perceive", content=(b" " * 65_536 for _ in range(20)), headers={"content-type": "application/json"}
     )

@@ -138,8 +138,9 @@ def test_a_block_may_come_after_the_words(after: Perceiver) -> None:
         read, known = reply.grammar.parse(reply.ids), reply.grammar.vocabulary
         assert read.well_formed and len(read.text_ids) <= WORDS
         assert len(read.codes) in {"on": (4,), "off": (0,), "auto": (0, 4)}[request.depth]
+        assert reply.finish == ("length" if len(read.text_ids) == WORDS else "stop"), "words that were cut are told of"
         if read.codes:
-            assert reply.ids[-1] == known.depth_end_id and reply.finish == "stop"
+            assert reply.ids[-1] == known.depth_end_id
             assert reply.ids[-6] == known.depth_start_id and read.text_ids[-1] == reply.ids[-7]
         below, _ = distances(after, request, reply.ids)
         words = len(read.text_ids)
@@ -160,8 +161,33 @@ def test_forced_codes_stand_in_the_block_and_what_follows_has_read_them(perceive
     assert max(below[block + 5 :]) <= NEAR, "behind them it writes what it likes best"
     with pytest.raises(ValueError, match=r"3 with depth 'on' and the grammar on, expected 4"):
         written(perceiver, asked, forced_codes={0: (1, 2, 3)})
-    with pytest.raises(ValueError, match=r"4 with depth 'off'"):
+    with pytest.raises(ValueError, match=r"4 with depth 'off'.*expected 4 with depth 'on'"):
         written(perceiver, asked, forced_codes={1: (1, 2, 3, 4)})
+    with pytest.raises(ValueError, match=r"4 with depth 'auto'"):
+        written(perceiver, requests()[2:3], forced_codes={0: (1, 2, 3, 4)})
+
+
+def test_no_reply_under_the_grammar_holds_a_control_token_or_a_padded_row(perceiver: Perceiver) -> None:
+    """Even where the model likes these best."""
+    grammar, head = perceiver.processor.grammar(), perceiver.model.lm_head
+    start = perceiver.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    hidden_BD = 10 * head.weight[[start]]
+    loose = decoding._Head(head.weight, grammar.vocabulary, perceiver.eos_id, grammar)
+    assert loose.best(hidden_BD, [decoding.ANYTHING]) == [start]
+    assert grammar.kind(loose.best(hidden_BD, [grammar.allowed(State())])[0]) != "control"
+    padded_VD = torch.cat([head.weight, 20 * head.weight[[start]]])
+    rows = decoding._Head(padded_VD, grammar.vocabulary, perceiver.eos_id, grammar)
+    assert rows.best(hidden_BD, [grammar.allowed(State())])[0] < len(head.weight)
+
+
+def test_what_does_not_fit_the_context_is_refused_with_both_numbers(perceiver: Perceiver) -> None:
+    asked = requests()[:2]
+    room = perceiver.model.config.get_text_config().max_position_embeddings
+    with pytest.raises(ValueError, match=rf"request 0: its prompt is \d+ tokens and its reply up to \d+, .* {room}"):
+        perceiver.perceive(asked, max_new_tokens=room)
+    long = Request(asked[0].rgb_HW3, "Is it so? " * room, "off", "off")
+    with pytest.raises(ValueError, match="request 1: its prompt is"):
+        perceiver.perceive([asked[0], long], max_new_tokens=4)
     with pytest.raises(ValueError, match=r"depth code: got 8, expected 0 to 7"):
         written(perceiver, asked, forced_codes={0: (1, 2, 3, 8)})
 

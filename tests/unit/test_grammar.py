@@ -50,6 +50,13 @@ def test_parts_are_demanded_and_forbidden() -> None:
     assert demanded.parse([SEG]).problem == "the reply ends before a demanded part"
 
 
+def test_a_grammar_without_objects_or_codes_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_objects is 0, expected at least 1"):
+        ReplyGrammar(VOCABULARY, tokens=2, max_objects=0)
+    with pytest.raises(ValueError, match="tokens is 0, expected at least 1"):
+        ReplyGrammar(VOCABULARY, tokens=0, max_objects=2)
+
+
 AFTER = ReplyGrammar(VOCABULARY, tokens=2, max_objects=2, depth="on", depth_after_text=True)
 
 

@@ -113,8 +113,11 @@ def test_a_base_that_has_spatial_tokens_is_refused(parts: dict[str, Path], tmp_p
     model.resize_token_embeddings(len(processor.tokenizer))
     model.save_pretrained(base)
     processor.save_pretrained(base)
-    with pytest.raises(ValueError, match=r"its tokenizer has \['<\|depth_0\|>', .*\] already, expected none"):
+    message = r"its tokenizer has \['<\|depth_end\|>', .*'\[SEG\]'\] and 8 depth codes already, expected none"
+    with pytest.raises(ValueError, match=message):
         load(base, sam2=parts["sam2"], codebook=parts["codebook"])
+    with pytest.raises(ValueError, match=message):
+        PerceptioProcessor.from_pretrained(base, codebook=parts["codebook"])
 
 
 def test_weights_that_are_not_in_memory_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -130,8 +133,9 @@ def test_options_of_transformers_are_its_own(folder: Path, parts: dict[str, Path
     assert {weight.dtype for weight in halves.parameters()} == {torch.bfloat16}
     within = copied(folder, tmp_path / "models" / "small").parent
     assert load(within, subfolder="small").codec is not None
-    with pytest.raises(ValueError, match=r"max_objects is 7, but a Perceptio's is fixed"):
-        load(folder, max_objects=7)
+    for loads in (load, PerceptioProcessor.from_pretrained):
+        with pytest.raises(ValueError, match=r"max_objects is 7, but a Perceptio's is fixed"):
+            loads(folder, max_objects=7)
 
 
 def test_auto_classes_know_it_in_a_process_that_imported_the_model_alone(folder: Path) -> None:

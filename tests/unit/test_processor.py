@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,48 @@ def test_what_is_missing_or_too_much_is_named(parts: dict[str, Path], folder: Pa
         PerceptioProcessor.from_pretrained(parts["base"])
     with pytest.raises(ValueError, match=r"already extended with 8 depth codes, got 16"):
         extend_tokenizer(PerceptioProcessor.from_pretrained(folder).tokenizer, 16)
+
+
+def test_a_reply_is_read_from_a_tensor_as_from_a_list(processor: PerceptioProcessor) -> None:
+    known, asked = processor.vocabulary, requests()
+    ids = [known.seg_id, *known.block_of_codes([1, 0, 7, 1]), *processor.tokenizer.encode("red")]
+    assert processor.read(torch.tensor(ids), asked[0]) == processor.read(ids, asked[0])  # type: ignore[arg-type]
+    assert processor.read(ids, asked[0]).well_formed
+
+
+def test_control_tokens_and_ids_of_no_token_are_no_words(processor: PerceptioProcessor) -> None:
+    word = processor.tokenizer.encode("red")
+    for token in ("<|im_start|>", "<IMG_CONTEXT>", "<img>", processor.tokenizer.pad_token):
+        reply = processor.read([*word, processor.tokenizer.convert_tokens_to_ids(token), *word], requests()[0])
+        assert f"position {len(word)}" in reply.problem and "(control)" in reply.problem, token
+        assert list(reply.text_ids) == word
+    for beyond in (len(processor.tokenizer), -1):
+        assert "(control) cannot follow" in processor.read([beyond], requests()[0]).problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": "yes"}, "segmentation is 'yes', expected one of auto, on, off"),
+        ({"depth": False}, "depth is False, expected one of auto, on, off"),
+        ({"rgb_HW3": np.zeros((60, 90, 3))}, r"request 1: image is float64 \(60, 90, 3\), expected uint8 \(H, W, 3\)"),
+        ({"rgb_HW3": np.zeros((60, 90, 4), np.uint8)}, r"image is uint8 \(60, 90, 4\), expected uint8 \(H, W, 3\)"),
+        ({"rgb_HW3": np.zeros((60, 90), np.uint8)}, r"image is uint8 \(60, 90\), expected uint8 \(H, W, 3\)"),
+    ],
+)
+def test_a_request_of_another_kind_is_refused(
+    processor: PerceptioProcessor, changes: dict[str, Any], message: str
+) -> None:
+    first, second = requests()
+    with pytest.raises(ValueError, match=message):
+        processor.ask([first, dataclasses.replace(second, **changes)])
+
+
+def test_an_image_of_three_rows_is_no_image_of_three_channels(processor: PerceptioProcessor) -> None:
+    strip_HW3 = np.random.default_rng(0).integers(0, 256, (3, 90, 3), dtype=np.uint8)
+    asked = processor.ask([Request(strip_HW3, "What is it?")])["pixel_values"]
+    tall = processor.ask([Request(strip_HW3.repeat(30, 0), "What is it?")])["pixel_values"]
+    assert (asked[:, 0].mean() - tall[:, 0].mean()).abs() < 0.1, "the red channel is the red channel"
 
 
 def test_a_blank_question_is_refused(processor: PerceptioProcessor) -> None:
