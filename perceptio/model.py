@@ -210,7 +210,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         for key in ("model_type", "architectures", "transformers_version"):
             fields.pop(key, None)
         model = cls(PerceptioConfig(**fields))
-        model.to(dtype=backbone.dtype)  # type: ignore[call-arg]
+        for weight in model.parameters():  # and no buffer: rotary frequencies stay in fp32
+            weight.data = weight.data.to(backbone.dtype)
         missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
         lost = [name for name in missing if not name.startswith("segmenter.")]
         if lost or unexpected:

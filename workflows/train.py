@@ -240,10 +240,12 @@ def _publish(
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         if rank != 0 or root.manifest("model") is not None:
             return
+        published = recipe.train.publish_dtype
+        dtype = None if published == "auto" else getattr(torch, published)
         if recipe.model.language == "lora":
-            merge_lora(model)
-        if recipe.train.publish_dtype != "auto":
-            model.to(getattr(torch, recipe.train.publish_dtype))
+            merge_lora(model, dtype)
+        if dtype is not None:
+            model.to(dtype)
         with tempfile.TemporaryDirectory(prefix="perceptio-model-") as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)

@@ -74,8 +74,8 @@ class DepthCodec:
     def encode(self, inv_depth_BHW: Tensor) -> Tensor:
         """Codes (B, N), int64, of maps of any size in [0, 1].
 
-        Always fp32 with autocast off (bf16 changes about 2 % of the codes), and the same for a map alone as in any
-        batch. Raises ValueError as `resize` does, TypeError if the codebook was cast below fp32.
+        Always fp32 with autocast off, since in bf16 codes change, and the same for a map alone as in any batch. Raises
+        ValueError as `resize` does, TypeError if the codebook was cast below fp32.
         """
         x_BSS = self.resize(inv_depth_BHW)
         codes = []

@@ -86,6 +86,7 @@ def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
         "gradient_clipping": recipe.clip,
         "zero_optimization": {"stage": recipe.zero_stage, "overlap_comm": torch.cuda.is_available()},
         "bf16": {"enabled": recipe.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"} if recipe.precision == "bf16" else {},  # else they add up in bf16
         "torch_autocast": {
             "enabled": recipe.precision == "bf16_autocast",
             "dtype": "bfloat16",

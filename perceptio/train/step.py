@@ -6,6 +6,7 @@ N depth tokens, K codes, S side of SAM2's input or of the codebook, C number of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,11 @@ def counts_by_source(batches: Sequence[Batch], sources: int) -> Tensor:
 
 
 def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) -> StepReport:
-    """The report of one optimizer step over a global batch, of which `batches` are this rank's micro-batches."""
+    """The report of one optimizer step over a global batch, of which `batches` are this rank's micro-batches.
+
+    Raises FloatingPointError, on every rank, where the loss or its gradient is not finite: DeepSpeed leaves such a step
+    out in silence, and a run of nothing else would end with the weights that it began with.
+    """
     world, objective = dist.get_world_size(), engine.module
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
@@ -154,7 +159,14 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
         for q, name in enumerate(sources)
     }
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
-    return StepReport(total, terms, by_source, float(engine.get_global_grad_norm() or 0.0))
+    norm = float(engine.get_global_grad_norm() or 0.0)
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        seen = [name for batch in batches for name in batch.sample_ids]
+        raise FloatingPointError(
+            f"the loss is {total}, the gradient's norm {norm}, expected finite numbers; terms {terms}, samples of this"
+            f" rank {seen}: lower the learning rates, or look at these samples"
+        )
+    return StepReport(total, terms, by_source, norm)
 
 
 def _add(sums_QC: Tensor, term: str, source_X: Tensor, values_X: Tensor) -> Tensor:

@@ -140,13 +140,18 @@ def count_lora(model: nn.Module) -> int:
     return len(_lora_layers(model))
 
 
-def merge_lora(model: InternVLForConditionalGeneration) -> int:
-    """The number of LoRA layers folded into plain linear layers, in place; 0 if there were none."""
+def merge_lora(model: InternVLForConditionalGeneration, dtype: torch.dtype | None = None) -> int:
+    """The number of LoRA layers folded into plain linear layers, in place; 0 if there were none.
+
+    Sums are made in fp32, a layer at a time, and rounded once: to `dtype`, or to the type that the layer has.
+    """
     layers = _lora_layers(model)
     for name, layer in layers:
+        own = layer.get_base_layer().weight.dtype
+        layer.float()  # type: ignore[attr-defined]  # every LoraLayer is a module too
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        setattr(model.get_submodule(parent), child, layer.get_base_layer().to(dtype or own))
     return len(layers)
 
 

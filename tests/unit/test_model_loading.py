@@ -131,6 +131,8 @@ def test_options_of_transformers_are_its_own(folder: Path, parts: dict[str, Path
         parts["base"], sam2=parts["sam2"], codebook=parts["codebook"], dtype="bfloat16", local_files_only=True
     )
     assert {weight.dtype for weight in halves.parameters()} == {torch.bfloat16}
+    frequencies = {name: buffer for name, buffer in halves.named_buffers() if name.endswith("inv_freq")}
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies.values())
     within = copied(folder, tmp_path / "models" / "small").parent
     assert load(within, subfolder="small").codec is not None
     for loads in (load, PerceptioProcessor.from_pretrained):

@@ -42,6 +42,10 @@ def test_auto_is_what_the_device_computes(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
 def test_what_a_recipe_says_is_done(precision: str) -> None:
     assert optim.settled_precision(recipe(precision), torch.device("cpu")) == recipe(precision)
+    config = optim.deepspeed_config(recipe(precision), world=2)
+    assert config["bf16"]["enabled"] is (precision == "bf16")
+    in_fp32 = config["data_types"].get("grad_accum_dtype") == "fp32"
+    assert in_fp32 is (precision == "bf16"), "weights in fp32 have gradients in fp32 anyway"
 
 
 def test_an_unsettled_precision_is_refused() -> None:

@@ -18,7 +18,7 @@ from perceptio.data.packing import Packing
 from perceptio.data.template import LossKind
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.optim import parameter_groups
-from perceptio.train.step import TERMS, Objective, counts_by_source
+from perceptio.train.step import TERMS, Objective, counts_by_source, train_step
 from perceptio.vlm.backbone import set_trainable
 from schemas.recipe_file import load_recipe
 from schemas.training import LossWeights
@@ -157,6 +157,43 @@ def test_bfloat16_changes_terms_and_gradients_by_little(parts: Any, how: str) ->
         a, b = (torch.cat([grads[name].float().flatten() for name in names]) for grads in (exact, rough))
         assert torch.cosine_similarity(a, b, 0) > BF16_COSINES[how], group
         assert a.norm() > 0
+
+
+class Engine:
+    """DeepSpeed's side of a step: gradients come as they are, nothing is updated."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, objective: Objective) -> None:
+        self.module = objective
+
+    def __call__(self, batch: Batch, counts_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor] = self.module(batch, counts_C)
+        return found
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        pass
+
+    def get_global_grad_norm(self) -> float:
+        return float(torch.cat([p.grad.flatten() for p in self.module.parameters() if p.grad is not None]).norm())
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_samples(parts: Any, tmp_path: Path) -> None:
+    model = copy.deepcopy(parts[0])
+    batch, sources = batch_of(parts, MIXED), [entry.source for entry in ENTRIES]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        engine = Engine(Objective(model, WEIGHTS, len(ENTRIES)))
+        assert train_step(engine, [batch], sources).gradient_norm > 0
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = float("nan")
+        with pytest.raises(FloatingPointError, match=rf"the loss is nan.*rank \['{batch.sample_ids[0]}'"):
+            train_step(engine, [batch], sources)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_plain_next_token_loss_is_the_mean_over_all_tokens_of_the_reply(parts: Any) -> None:

@@ -157,6 +157,25 @@ def test_lora_starts_neutral_trains_the_text_model_only_and_merges(text: str, ti
     assert merge_lora(model) == 0
 
 
+def test_merging_rounds_once_whatever_the_weights_were_trained_in() -> None:
+    model = build()
+    add_lora(model, rank=2, alpha=4, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)  # far below what bfloat16 tells apart in a weight
+    model.to(torch.bfloat16)
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    base, down, up = (
+        part.weight.detach().double() for part in (layer.base_layer, layer.lora_A.default, layer.lora_B.default)
+    )
+    exact = base + 2 * up @ down  # alpha / rank
+    merge_lora(model, torch.float32)
+    merged = model.model.language_model.layers[0].mlp.up_proj.weight
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged.double(), exact, atol=1e-7, rtol=1e-6)
+    assert (merged.bfloat16().double() - exact).abs().max() > 1e-4, "bfloat16 would have lost it"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_and_head_train_whole_beside_lora(tied: bool) -> None:
     model = build(tied=tied)
