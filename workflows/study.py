@@ -3,7 +3,7 @@
     perceptio study --recipe rooms_study --results docs/study
 
 Reads   the recipe's sources; finished runs in RESULTS
-Writes  everything of `perceptio run`, RESULTS/ARM-SEED.json as each run ends, then RESULTS/study.json and
+Writes  everything of `perceptio run`; as each run ends RESULTS/ARM-SEED.json, RESULTS/study.json and
         RESULTS/study.html. RESULTS is ROOT/study where it is not given
 Needs   what training and evaluation need; a run that was interrupted goes on at its last checkpoint
 
@@ -43,19 +43,24 @@ Row = dict[str, Any]
 
 
 def run(recipe: Recipe, results: str | None = None) -> str:
-    """Where study.html lies, after every run of the study stands; raises StageError where one cannot go on."""
+    """Where study.html lies, after every run of the study stands; raises StageError where one cannot go on.
+
+    The page is written anew after each run, so that it shows what is known so far.
+    """
     if recipe.study is None:
         raise StageError(f"recipe '{recipe.name}' has no `study` section: name its arms there, as rooms_study does")
     root = open_root(recipe.root)
     finished = open_root(results if results is not None else root.at("study"))
-    for arm, seed in in_order(recipe):
-        own = arm_recipe(recipe, arm, seed)
-        if _result(finished, arm, seed, own) is None:
-            log.info("study: %s, seed %d", arm.name, seed)
-            _run(recipe, root, finished, arm, seed)
-    runs = [_result(finished, arm, seed, arm_recipe(recipe, arm, seed)) for arm, seed in in_order(recipe)]
     command = f"perceptio study --recipe {recipe.name}" + (f" --results {results}" if results is not None else "")
-    return study_page.write(recipe, finished, [run for run in runs if run is not None], command)
+    found = {
+        (arm.name, seed): _result(finished, arm, seed, arm_recipe(recipe, arm, seed)) for arm, seed in in_order(recipe)
+    }
+    for arm, seed in in_order(recipe):
+        if found[arm.name, seed] is None:
+            page = study_page.write(recipe, finished, [run for run in found.values() if run is not None], command)
+            log.info("study: %s, seed %d; %s has what stands", arm.name, seed, page)
+            found[arm.name, seed] = _run(recipe, root, finished, arm, seed)
+    return study_page.write(recipe, finished, [run for run in found.values() if run is not None], command)
 
 
 def in_order(recipe: Recipe) -> Iterator[tuple[StudyArm, int]]:
@@ -89,7 +94,7 @@ def _entry(entry: MixtureEntry, arm: StudyArm) -> MixtureEntry:
     return entry.model_copy(update=changes)
 
 
-def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -> None:
+def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -> Row:
     """Trains and asks one arm, and writes its result."""
     own = arm_recipe(recipe, arm, seed)
     pipeline.run(recipe.model_copy(update={"study": None}), pipeline.DATA)
@@ -115,6 +120,7 @@ def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -
         **_marks(root, evaluation["evaluation"]),
     }
     finished.write(json.dumps(result, separators=(",", ":")).encode() + b"\n", _name(arm, seed))
+    return result
 
 
 def _same_data(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -> None:

@@ -74,6 +74,7 @@ def write(recipe: Recipe, finished: Root, runs: Sequence[Run], command: str) -> 
         replies=_replies(arms, by_arm),
         curves=[chart for name, title in CURVES.items() if (chart := _curves(title, name, arms, by_arm))],
         runs=summary["runs"],
+        planned=sum(len(arm.seeds) for arm in arms),
         minutes=sum(sum(run["seconds"].values()) for run in runs) / 60,
         command=command,
     )
