@@ -93,6 +93,8 @@ def test_arms_of_one_seed_were_trained_and_asked_on_the_same_data() -> None:
         own = [made for made in found if made["seed"] == seed]
         data = ("codebook", "samples/referring", "samples/points", "samples/vqa")
         assert len({tuple(made["inputs"][name] for name in data) for made in own}) == 1
-        assert len({tuple(made["scenes"]) for made in own}) == 1
+        every = set().union(*(made["scenes"] for made in own))
+        masks = [made for made in own if "referring_ciou" in made["metrics"]]
+        assert all(set(made["scenes"]) == every for made in masks), "some rooms have nothing to ask but for masks"
         models = {json.dumps(made["inputs"], sort_keys=True): made["model"] for made in own}
         assert all(models[json.dumps(made["inputs"], sort_keys=True)] == made["model"] for made in own)
