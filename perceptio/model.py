@@ -158,9 +158,11 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             raise ValueError(f"{source}: config.json has model_type {found!r}, expected 'perceptio'{hint}")
         if max_objects is not None:
             raise ValueError(f"{source}: max_objects is {max_objects}, but a Perceptio's is fixed in its config.json")
-        model, loaded = super().from_pretrained(
+        loaded_with: Any = super().from_pretrained(
             source, *args, **kwargs | {"output_loading_info": True, "use_safetensors": True}
         )
+        model: PerceptioForConditionalGeneration
+        model, loaded = loaded_with
         if wrong := sorted(loaded["missing_keys"] | loaded["unexpected_keys"]):
             raise ValueError(
                 f"{source}: {len(wrong)} weights are missing or too many, the first {wrong[0]}: save it anew"

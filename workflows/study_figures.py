@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from perceptio.metrics.intervals import Sums, interval, paired_difference
+from perceptio.metrics.intervals import Interval, Sums, interval, paired_difference
 from schemas.study import StudyArm
 from workflows.scores import NO_BASELINE
 
@@ -203,8 +203,9 @@ def _questions(run: Run, name: str) -> int:
     return sum(weight > 0 for weight in run["marks"][name][1])
 
 
-def _apart(own: Sequence[Run], other: Sequence[Run], name: str, draw: dict[str, int]) -> Any:
-    return paired_difference(*_shared(pooled(own, name), pooled(other, name)), **draw)
+def _apart(own: Sequence[Run], other: Sequence[Run], name: str, draw: dict[str, int]) -> Interval:
+    first, second = _shared(pooled(own, name), pooled(other, name))
+    return paired_difference(first, second, **draw)
 
 
 def _shared(a: Sums, b: Sums) -> tuple[Sums, Sums]:

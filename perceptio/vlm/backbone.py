@@ -47,9 +47,11 @@ def load_backbone(
             f"{source}: config.json has model_type {found!r}, expected {MODEL_TYPE!r}: use an InternVL in "
             "transformers' layout (hub names that end in -hf), or make one of its authors' with `perceptio convert`"
         )
-    model, loaded = InternVLForConditionalGeneration.from_pretrained(
+    loaded_with: Any = InternVLForConditionalGeneration.from_pretrained(
         source, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
     )
+    model: InternVLForConditionalGeneration
+    model, loaded = loaded_with
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(f"{source}: {len(missing)} weights are missing, the first {missing[0]}: is a file missing?")
     model.train(False)
@@ -147,7 +149,7 @@ def merge_lora(model: InternVLForConditionalGeneration, dtype: torch.dtype | Non
     """
     layers = _lora_layers(model)
     for name, layer in layers:
-        own = layer.get_base_layer().weight.dtype
+        own = layer.get_base_layer().get_parameter("weight").dtype
         layer.float()  # type: ignore[attr-defined]  # every LoraLayer is a module too
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")

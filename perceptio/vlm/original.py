@@ -200,9 +200,8 @@ def convert_folder(source: Path, out: Path, *, processor: str | Path | None = No
         (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1), encoding="utf-8")
     config.architectures = ["InternVLForConditionalGeneration"]
     config.save_pretrained(out)
-    GenerationConfig(
-        eos_token_id=made.tokenizer.eos_token_id, pad_token_id=made.tokenizer.pad_token_id
-    ).save_pretrained(out)
+    ends = {"eos_token_id": made.tokenizer.eos_token_id, "pad_token_id": made.tokenizer.pad_token_id}
+    GenerationConfig(**ends).save_pretrained(out)  # type: ignore[no-untyped-call]
     made.save_pretrained(out)
 
 
