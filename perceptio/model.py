@@ -151,7 +151,9 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             dtype = kwargs.pop("dtype", torch.float32)
             if others := sorted(kwargs.keys() - hub.keys()) or args:
                 raise ValueError(f"{source}: {others} are for a Perceptio folder, got an InternVL's")
-            return cls.from_parts(source, sam2, codebook, max_objects=max_objects or 5, dtype=dtype, **hub)[0]
+            return cls.from_parts(
+                source, sam2, codebook, max_objects=5 if max_objects is None else max_objects, dtype=dtype, **hub
+            )[0]
         found = PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
         if found != PerceptioConfig.model_type:
             hint = ": pass sam2= and codebook= too" if found == MODEL_TYPE else ""

@@ -84,7 +84,7 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
         base, codec = InternVLProcessor.from_pretrained(source, *args, **kwargs), DepthCodec.from_pretrained(codebook)
         require_fresh(base.tokenizer, str(source))
         extend_tokenizer(base.tokenizer, codec.codes)
-        return cls._with_tokens(base, codec.codes, codec.tokens, max_objects or 5)
+        return cls._with_tokens(base, codec.codes, codec.tokens, 5 if max_objects is None else max_objects)
 
     @classmethod
     def of(cls, base: InternVLProcessor, config: PerceptioConfig) -> PerceptioProcessor:
