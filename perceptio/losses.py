@@ -87,9 +87,13 @@ def sample_points(
 
 
 def values_at(maps_MHW: Tensor, points_MS2: Tensor) -> Tensor:
-    """Bilinear values [M, S] of the maps at points in [0, 1] (x, y)."""
+    """Bilinear values [M, S] of the maps at points in [0, 1] (x, y).
+
+    Outside the outermost pixels' centres a map goes on as it is there. (Lineage: it fades to 0, so that a mask which
+    reaches the border is wrong there whatever is predicted; ours is a reconstruction.)
+    """
     grid_MS12 = (2 * points_MS2 - 1)[:, :, None].to(maps_MHW.dtype)
-    return F.grid_sample(maps_MHW[:, None], grid_MS12, align_corners=False)[:, 0, :, 0]
+    return F.grid_sample(maps_MHW[:, None], grid_MS12, padding_mode="border", align_corners=False)[:, 0, :, 0]
 
 
 def mask_bce(logits_MS: Tensor, targets_MS: Tensor) -> Tensor:

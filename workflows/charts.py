@@ -70,10 +70,10 @@ class Histogram:
 
 
 def curves(
-    title: str, steps: Sequence[int], values: Sequence[float], apart: Mapping[str, Sequence[float | None]]
+    title: str, steps: Sequence[int], values: Sequence[float | None], apart: Mapping[str, Sequence[float | None]]
 ) -> Chart:
-    """A chart of one loss term; None where a data set had no part in a step."""
-    shown = [value for value in values if np.isfinite(value)]
+    """A chart of one loss term; None where a step, or a data set's part of it, had none."""
+    shown = [value for value in values if value is not None and np.isfinite(value)]
     top = max(float(np.quantile(shown, 0.99)), 1e-9) if shown else 1.0
     smooth = _smoothed(values)
     return Chart(

@@ -261,10 +261,10 @@ def loss_curves(root: Root) -> list[Chart]:
     steps = [line["step"] for line in lines]
     sources = sorted({name for line in lines for name in line["by_source"]})
     charts = [curves("total", steps, [line["loss"] for line in lines], {})]
-    for term in lines[0]["terms"]:
+    for term in dict.fromkeys(name for line in lines for name in line["terms"]):
         apart = {name: [line["by_source"].get(name, {}).get(term) for line in lines] for name in sources}
         kept = {name: values for name, values in apart.items() if any(value is not None for value in values)}
-        charts.append(curves(term, steps, [line["terms"][term] for line in lines], kept))
+        charts.append(curves(term, steps, [line["terms"].get(term) for line in lines], kept))
     return charts
 
 

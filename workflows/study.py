@@ -192,7 +192,10 @@ def _curves(root: Root) -> dict[str, list[float]]:
     parts = [lines[i : i + EVERY] for i in range(0, len(lines), EVERY)]
     if not parts:
         return {}
-    found = {name: [_mean([line["terms"][name] for line in part]) for part in parts] for name in CURVES}
+    values = {
+        name: [[line["terms"][name] for line in part if name in line["terms"]] for part in parts] for name in CURVES
+    }
+    found = {name: [_mean(part) for part in of_parts] for name, of_parts in values.items() if all(of_parts)}
     norms = [_mean([line["gradient_norm"] for line in part]) for part in parts]
     return {"step": [part[-1]["step"] for part in parts], **found, "gradient_norm": norms}
 

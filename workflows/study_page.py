@@ -231,7 +231,7 @@ def _curves(title: str, name: str, arms: Sequence[StudyArm], by_arm: Runs) -> Ro
     lines = []
     for arm in arms:
         kept = [run["curves"] for run in by_arm[arm.name].values() if run.get("curves")] if arm.codes == "own" else []
-        if kept and any(kept[0][name]):
+        if kept and any(kept[0].get(name, ())):
             lines.append(Curve(arm.title, kept[0]["step"], kept[0][name]))
     return curves_together(title, lines) if lines else None
 

@@ -137,10 +137,11 @@ def _work(config: dict[str, Any]) -> None:
     sources = [entry.source for entry in train.mixture]
     for batches in feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch):
         torch.manual_seed(_mixed(recipe.seed, step, rank))  # dropout: a resumed step draws what it would have drawn
+        rate = float(schedule.get_last_lr()[0])
         report = train_step(engine, batches, sources)
         step += 1
         if steps is not None:
-            steps.add(step, report, float(schedule.get_last_lr()[0]))
+            steps.add(step, report, rate)
         if step % train.checkpoint_every == 0 or step == train.steps:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here

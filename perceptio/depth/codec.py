@@ -5,6 +5,8 @@ Shape legend: B batch, H, W any size in pixels, S the codebook's image side, N t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,12 +76,12 @@ class DepthCodec:
     def encode(self, inv_depth_BHW: Tensor) -> Tensor:
         """Codes (B, N), int64, of maps of any size in [0, 1].
 
-        Always fp32 with autocast off, since in bf16 codes change, and the same for a map alone as in any batch. Raises
+        Always fp32, since in bf16 and TF32 codes change, and the same for a map alone as in any batch. Raises
         ValueError as `resize` does, TypeError if the codebook was cast below fp32.
         """
         x_BSS = self.resize(inv_depth_BHW)
         codes = []
-        with torch.autocast(x_BSS.device.type, enabled=False):
+        with _exact(x_BSS.device):
             for chunk_BSS in torch.split(x_BSS, ENCODE_BATCH):
                 full_BSS = F.pad(chunk_BSS, (0, 0, 0, 0, 0, ENCODE_BATCH - len(chunk_BSS)))
                 codes.append(self.codebook.nearest(self.codebook.features(full_BSS))[: len(chunk_BSS)])
@@ -111,14 +113,14 @@ class DepthCodec:
             raise ValueError(f"temperature is {temperature}, expected > 0; for hard codes use decode()")
         if logits_BNK.shape[1:] != (self.tokens, self.codes):
             raise ValueError(f"logits have shape {tuple(logits_BNK.shape)}, expected (B, {self.tokens}, {self.codes})")
-        with torch.autocast(logits_BNK.device.type, enabled=False):
+        with _exact(logits_BNK.device):
             q_BNK = F.softmax(logits_BNK.to(self._precise()) / temperature, dim=-1)
             z_BND = q_BNK @ self.vectors_KD
         return self._picture(z_BND)
 
     def _picture(self, z_BND: Tensor) -> Tensor:
         self._precise()
-        with torch.autocast(z_BND.device.type, enabled=False):
+        with _exact(z_BND.device):
             return self.codebook.picture(z_BND).clamp(0, 1)
 
     def _precise(self) -> torch.dtype:
@@ -129,3 +131,14 @@ class DepthCodec:
                 f"the codebook's weights are {dtype}, expected float32: load the codec anew, do not cast it"
             )
         return dtype
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """No autocast, and no TF32, which a GPU's convolutions use for fp32 unless they are told not to."""
+    cudnn = torch.backends.cudnn
+    with (
+        torch.autocast(device.type, enabled=False),
+        cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False),
+    ):
+        yield

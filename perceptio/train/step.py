@@ -30,8 +30,8 @@ class StepReport:
     """What a step over one global batch found; the same on every rank."""
 
     loss: float
-    terms: dict[str, float]  # unweighted, over the whole global batch
-    by_source: dict[str, dict[str, float]]  # the same, per data set; a term that a data set has no part of is left out
+    terms: dict[str, float]  # unweighted, over the whole global batch; one that no sample has a part of is left out
+    by_source: dict[str, dict[str, float]]  # the same, per data set
     gradient_norm: float
 
 
@@ -152,12 +152,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
         engine.step()
         sums_QC += sums
     dist.all_reduce(sums_QC)
-    means_C = sums_QC.sum(0) / counts_C.clamp(min=1)
-    terms = dict(zip(TERMS, means_C.tolist(), strict=True))
-    by_source = {
-        name: {term: float(sums_QC[q, c] / counts_QC[q, c]) for c, term in enumerate(TERMS) if counts_QC[q, c] > 0}
-        for q, name in enumerate(sources)
-    }
+    terms = _means(sums_QC.sum(0), counts_C, objective.weights)
+    by_source = {name: _means(sums_QC[q], counts_QC[q], objective.weights) for q, name in enumerate(sources)}
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
     norm = float(engine.get_global_grad_norm() or 0.0)
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -167,6 +163,13 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
             f" rank {seen}: lower the learning rates, or look at these samples"
         )
     return StepReport(total, terms, by_source, norm)
+
+
+def _means(sums_C: Tensor, counts_C: Tensor, weights: LossWeights) -> dict[str, float]:
+    """By term, of those that were computed for a sample: reconstruction is not where its weight is 0."""
+    counted = zip(TERMS, sums_C.tolist(), counts_C.tolist(), strict=True)
+    skipped = () if weights.reconstruction else ("reconstruction",)
+    return {term: total / number for term, total, number in counted if number > 0 and term not in skipped}
 
 
 def _add(sums_QC: Tensor, term: str, source_X: Tensor, values_X: Tensor) -> Tensor:

@@ -72,15 +72,17 @@ def extend_vocabulary(
     them, in the output head; old rows stay as they are, and what is tied stays tied. Instead of that mean, "seg",
     "depth_start", every "code" and "depth_end" may start as the row of an old token that `starts_as` names: behind the
     token that opens a box the base knows already what is meant and where it is; where it would write numbers it learns
-    codes sooner. A second call changes nothing. Raises ValueError if the tokenizer was extended for another number of
-    codes, and where what `starts_as` names is not one token.
+    codes sooner. Raises ValueError if the tokenizer has spatial tokens already, since whether the rows were given
+    cannot be told from a model with spare ones, and where what `starts_as` names is not one token.
     """
     like = {name: _one_token(tokenizer, name, text) for name, text in (starts_as or {}).items()}
     known = len(tokenizer)
     vocabulary = extend_tokenizer(tokenizer, codes)
+    if known == len(tokenizer):
+        raise ValueError(
+            f"tokenizer: it has the spatial tokens for {codes} codes already, expected none: start from the base's own"
+        )
     rows = len(_vocabulary_weights(model)[0])
-    if known == len(tokenizer) <= rows:
-        return vocabulary
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     first = min(vocabulary.all_ids)

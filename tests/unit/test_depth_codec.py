@@ -103,6 +103,21 @@ def test_encoding_ignores_autocast_and_refuses_half_precision(codec: DepthCodec)
         codec.encode(maps(1))
 
 
+def test_convolutions_are_told_not_to_use_tf32(codec: DepthCodec) -> None:
+    cudnn, seen = torch.backends.cudnn, []
+    assert cudnn.allow_tf32, "torch's default, which a GPU would follow"
+    for module in codec.codebook.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            module.register_forward_pre_hook(lambda *_: seen.append((cudnn.allow_tf32, cudnn.deterministic)))
+    codes = codec.encode(maps(2))
+    encoding = len(seen)
+    codec.decode(codes)
+    codec.decode_soft(torch.zeros(1, codec.tokens, codec.codes), 1.25)
+    assert 0 < encoding < len(seen)
+    assert set(seen) == {(False, True)}
+    assert (cudnn.allow_tf32, cudnn.deterministic) == (True, False)
+
+
 def test_a_code_stands_for_its_nearest_vector(codec: DepthCodec) -> None:
     z = codec.codebook.features(codec.resize(maps(5)))
     distance = torch.cdist(z, codec.vectors_KD.expand(5, -1, -1))

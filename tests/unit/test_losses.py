@@ -130,6 +130,17 @@ def test_values_at_pixel_centres() -> None:
     assert losses.values_at(maps_MHW, points_MS2).tolist() == [[0.0, 11.0]]
 
 
+def test_a_right_mask_at_the_border_costs_nothing() -> None:
+    mask_MHW = torch.zeros(1, 16, 16)
+    mask_MHW[:, :, :4] = 1.0
+    logits_MHW = 40.0 * (2 * mask_MHW - 1)
+    edge_MS2 = torch.stack([torch.linspace(0, 0.2, 9), torch.zeros(9)], dim=-1)[None]
+    assert losses.values_at(torch.ones(1, 16, 16), edge_MS2).tolist() == [[1.0] * 9]
+    found_MS, target_MS = losses.values_at(logits_MHW, edge_MS2), losses.values_at(mask_MHW, edge_MS2)
+    assert losses.mask_bce(found_MS, target_MS).item() < 1e-6
+    assert losses.mask_dice(found_MS, target_MS).item() < 1e-6
+
+
 def test_mask_terms_by_hand() -> None:
     logits_MS = torch.zeros(1, 4)
     targets_MS = torch.tensor([[1.0, 1.0, 0.0, 0.0]])

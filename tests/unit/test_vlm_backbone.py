@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from perceptio.vlm.backbone import add_lora, extend_vocabulary, load_backbone, merge_lora, set_trainable
+from perceptio.vocabulary import extend_tokenizer
 
 OLD, CODES, IMAGE_ID = 12, 5, 3
 Build = Callable[..., InternVLForConditionalGeneration]
@@ -127,14 +128,16 @@ def test_more_than_a_token_is_no_start() -> None:
         extend_vocabulary(build(rows=OLD), words, CODES, starts_as={"seg": f"{word} {word}"})
 
 
-def test_second_extension_changes_nothing_and_another_size_is_refused() -> None:
-    model, words = build(), tokenizer()
-    first = extend_vocabulary(model, words, CODES)
+@pytest.mark.parametrize("rows", [OLD, 64])
+def test_a_tokenizer_that_has_the_tokens_is_refused(rows: int) -> None:
+    model, words = build(rows=rows), tokenizer()
+    extend_tokenizer(words, CODES)
     before = logits(model)
-    assert extend_vocabulary(model, words, CODES, seed=7) == first
-    assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match=rf"spatial tokens for {CODES} codes already, expected none"):
+        extend_vocabulary(model, words, CODES)
     with pytest.raises(ValueError, match=rf"{CODES} depth codes, got {CODES + 1}"):
         extend_vocabulary(model, words, CODES + 1)
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize(("text", "tied"), [("qwen2", True), ("llama", False)])
