@@ -143,7 +143,7 @@ def evaluate(recipe: RecipeOption = "rooms", root: RootOption = None, overrides:
 @app.command()
 def study(
     results: Annotated[
-        str | None, typer.Option("--results", help="Folder of finished runs and the page; ROOT/study if not given.")
+        str | None, typer.Option("--results", help="Folder of study.html and its runs, in study/; ROOT if not given.")
     ] = None,
     recipe: RecipeOption = "rooms_study",
     root: RootOption = None,

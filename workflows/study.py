@@ -1,10 +1,10 @@
 """The method's parts, one by one: every arm trained and asked on the same base, data, order and number of steps.
 
-    perceptio study --recipe rooms_study --results docs/study
+    perceptio study --recipe rooms_study --results docs
 
 Reads   the recipe's sources; finished runs in RESULTS
-Writes  everything of `perceptio run`; as each run ends RESULTS/ARM-SEED.json, RESULTS/study.json and
-        RESULTS/study.html. RESULTS is ROOT/study where it is not given
+Writes  everything of `perceptio run`; as each run ends RESULTS/study/ARM-SEED.json, RESULTS/study/study.json and
+        RESULTS/study.html. RESULTS is ROOT where it is not given
 Needs   what training and evaluation need; a run that was interrupted goes on at its last checkpoint
 
 A finished run is never made again: it is known by the digest of its settings, and one with other settings is refused.
@@ -50,7 +50,7 @@ def run(recipe: Recipe, results: str | None = None) -> str:
     if recipe.study is None:
         raise StageError(f"recipe '{recipe.name}' has no `study` section: name its arms there, as rooms_study does")
     root = open_root(recipe.root)
-    finished = open_root(results if results is not None else root.at("study"))
+    finished = root if results is None else open_root(results)
     command = f"perceptio study --recipe {recipe.name}" + (f" --results {results}" if results is not None else "")
     found = {
         (arm.name, seed): _result(finished, arm, seed, arm_recipe(recipe, arm, seed)) for arm, seed in in_order(recipe)
@@ -119,7 +119,7 @@ def _run(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: int) -
         "metrics": evaluation["metrics"],
         **_marks(root, evaluation["evaluation"]),
     }
-    finished.write(json.dumps(result, separators=(",", ":")).encode() + b"\n", _name(arm, seed))
+    finished.write(json.dumps(result, separators=(",", ":")).encode() + b"\n", *_place(arm, seed))
     return result
 
 
@@ -136,7 +136,7 @@ def _same_data(recipe: Recipe, root: Root, finished: Root, arm: StudyArm, seed: 
         for name in data:
             if seen.get(name, own[name]) != own[name]:
                 raise OtherInputsError(
-                    f"{finished.at(_name(other, seed))}: its {name} is {seen[name][:16]}, {root.uri} has"
+                    f"{finished.at(*_place(other, seed))}: its {name} is {seen[name][:16]}, {root.uri} has"
                     f" {own[name][:16]}: finish a seed where it began, or delete that seed's runs"
                 )
 
@@ -148,7 +148,7 @@ def _same_model(recipe: Recipe, finished: Root, arm: StudyArm, seed: int, model:
         run = _result(finished, other, seed, arm_recipe(recipe, other, seed)) if its_seed == seed else None
         if run is not None and run["inputs"] == model.inputs and run["model"] != model.digest:
             raise OtherInputsError(
-                f"{finished.at(_name(other, seed))}: its model is {run['model'][:16]}, the same training made"
+                f"{finished.at(*_place(other, seed))}: its model is {run['model'][:16]}, the same training made"
                 f" {model.digest[:16]} for {arm.name}: delete that result to ask this model for both"
             )
 
@@ -170,20 +170,20 @@ def _make_way(recipe: Recipe, root: Root, own: Recipe) -> None:
 
 def _result(finished: Root, arm: StudyArm, seed: int, own: Recipe) -> Row | None:
     """What a finished run found, None where it is not finished; raises OtherInputsError for another setting's."""
-    data = finished.read(_name(arm, seed))
+    data = finished.read(*_place(arm, seed))
     if data is None:
         return None
     found: Row = json.loads(data)
     if found["settings"] != own.digest:
         raise OtherInputsError(
-            f"{finished.at(_name(arm, seed))}: was made with settings {found['settings']}, the recipe's are"
+            f"{finished.at(*_place(arm, seed))}: was made with settings {found['settings']}, the recipe's are"
             f" {own.digest}: delete it to run it again, or give another folder with --results"
         )
     return found
 
 
-def _name(arm: StudyArm, seed: int) -> str:
-    return f"{arm.name}-{seed}.json"
+def _place(arm: StudyArm, seed: int) -> tuple[str, str]:
+    return study_page.FOLDER, f"{arm.name}-{seed}.json"
 
 
 def _curves(root: Root) -> dict[str, list[float]]:

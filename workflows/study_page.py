@@ -29,6 +29,7 @@ from workflows.study_figures import (
 
 SAID = ("arm", "seed", "code", "machine", "precision", "seconds")  # of a run
 CURVES = {"text": "Loss of the words", "token": "Loss of the depth codes", "gradient_norm": "Norm of the gradient"}
+FOLDER = "study"  # of the finished runs and study.json
 TICKS = 5  # of an axis, about
 
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ Differences = Mapping[str, Mapping[str, Mapping[str, Difference]]]  # by arm, by
 
 
 def write(recipe: Recipe, finished: Root, runs: Sequence[Run], command: str) -> str:
-    """Writes study.json and study.html beside the runs; where the page lies."""
+    """Writes study.json beside the runs and study.html above them; where the page lies."""
     assert recipe.study is not None
     arms = recipe.study.arms
     by_arm: Runs = {arm.name: {str(r["seed"]): r for r in runs if r["arm"] == arm.name} for arm in arms}
@@ -58,7 +59,7 @@ def write(recipe: Recipe, finished: Root, runs: Sequence[Run], command: str) -> 
         "ceilings": ceilings,
         "runs": [{key: run[key] for key in SAID} | {"codebook": run["inputs"]["codebook"][:8]} for run in runs],
     }
-    finished.write(json.dumps(summary, indent=1).encode() + b"\n", "study.json")
+    finished.write(json.dumps(summary, indent=1).encode() + b"\n", FOLDER, "study.json")
     shown = [name for name in FIGURES if any(name in own for own in found.values())]
     page = render(
         "study.html.j2",

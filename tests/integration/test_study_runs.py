@@ -94,8 +94,8 @@ def test_forced_codes_are_asked_of_the_same_model_and_are_the_teachers(studied: 
 
 
 def test_the_page_pairs_arms_and_names_what_it_came_from(studied: Recipe) -> None:
-    folder = Path(studied.root) / "study"
-    summary = json.loads((folder / "study.json").read_text())
+    folder = Path(studied.root)
+    summary = json.loads((folder / "study" / "study.json").read_text())
     apart = summary["differences"]["full"]["text"]["yes_no_accuracy"]
     own, other = (results(studied)[name]["metrics"]["yes_no_accuracy"]["value"] for name in ("full", "text"))
     assert apart["value"] == pytest.approx(own - other, abs=1e-4) and list(apart["seeds"]) == ["1"]
@@ -119,12 +119,12 @@ def test_codes_forced_on_another_model_than_the_one_compared_are_refused(studied
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "DATA", {})
         with pytest.raises(OtherInputsError, match=r"full-1\.json: its model is another's, the same training made"):
-            study.run(studied, str(tmp_path / "study"))
+            study.run(studied, str(tmp_path))
 
 
 def test_a_finished_study_trains_and_asks_nothing(studied: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "run", None)  # calling it would fail
-    page = Path(studied.root) / "study" / "study.html"
+    page = Path(studied.root) / "study.html"
     page.unlink()
     assert study.run(studied) == str(page) and page.exists()
 
@@ -143,7 +143,7 @@ def test_a_seed_is_not_finished_on_other_data(studied: Recipe, tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "DATA", {})
         with pytest.raises(OtherInputsError, match=r"text-1\.json: its codebook is another's.*finish a seed where"):
-            study.run(studied, str(tmp_path / "study"))
+            study.run(studied, str(tmp_path))
 
 
 def test_a_model_that_is_none_of_the_studys_is_left_alone(studied: Recipe) -> None:

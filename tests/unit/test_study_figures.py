@@ -152,5 +152,5 @@ def test_the_page_says_whose_what_and_beside_what(recipe: Recipe, tmp_path: Path
     assert "blind none" in page, "a figure that stands alone"
     assert "right 33.3 %, wrong 33.3 %, no answer 33.3 %" in page
     assert page.count("<polyline") == 2 * 2, "words and gradient of two arms, which write no codes"
-    summary = json.loads((tmp_path / "study.json").read_text())
+    summary = json.loads((tmp_path / "study" / "study.json").read_text())
     assert summary["command"] == "perceptio study --results out" and len(summary["runs"]) == 3
