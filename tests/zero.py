@@ -36,6 +36,7 @@ class Run:
     stage: int
     shares: tuple[tuple[Micro, ...], ...]
     packed_to: int | None = None
+    bf16: bool = False
 
 
 def trained(rank: int, runs: Sequence[Run], parts: dict[str, Path], out: Path) -> None:
@@ -51,6 +52,7 @@ def trained(rank: int, runs: Sequence[Run], parts: dict[str, Path], out: Path) -
 
 def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Path) -> None:
     import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
     torch.manual_seed(0)
     model, processor = PerceptioForConditionalGeneration.from_parts(
@@ -66,7 +68,9 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
     config = {
         "train_micro_batch_size_per_gpu": len(share[0].samples),
         "gradient_accumulation_steps": len(share),
-        "zero_optimization": {"stage": run.stage},
+        "zero_optimization": {"stage": run.stage, "stage3_param_persistence_threshold": 0},  # cut small weights too
+        "bf16": {"enabled": run.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"} if run.bf16 else {},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -80,6 +84,10 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
         "gradient_norms": torch.tensor([report.gradient_norm for report in reports]),
     }
     names = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if run.bf16:
+        end = {name: safe_get_full_fp32_param(p) for name, p in names}
+        save_file(found | start | end, out)
+        return
     with deepspeed.zero.GatheredParameters([p for _, p in names], enabled=run.stage == 3):
         end = {name: p.detach().clone().contiguous() for name, p in names}
         save_file(found | start | end, out)

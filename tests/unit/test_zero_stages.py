@@ -16,12 +16,18 @@ from tests.zero import Micro, Run, trained
 
 ROWS = {"padded": None, "packed": 200}  # tokens of a row
 WAYS = (("padded", 1), ("padded", 2), ("padded", 3), ("packed", 3))  # rows, and ZeRO's stage
-# A global batch is two micro-batches: one process reads both, or two ranks read one each.
+# A global batch is micro-batches: one process reads all, or two ranks read half each.
 GLOBAL_BATCHES = {
-    "masks and depth beside words": (Micro(((0, BOTH), (2, BOTH))), Micro(((1, WORDS), (3, WORDS)))),
+    "masks and depth beside words": (
+        Micro(((0, BOTH), (2, BOTH))),
+        Micro(((4, DEPTH), (6, WORDS))),
+        Micro(((1, WORDS), (3, WORDS))),
+        Micro(((5, WORDS), (7, WORDS))),
+    ),
     "masks beside depth": (Micro(((0, MASKS), (2, MASKS))), Micro(((1, DEPTH), (3, DEPTH)))),
     "images beside none": (Micro(((0, BOTH), (2, BOTH))), Micro(((1, WORDS), (3, WORDS)), images=False)),
 }
+IN_BF16 = "masks and depth beside words"
 PARTS = (".vision_tower.", ".multi_modal_projector.", ".embed_tokens.", ".layers.", ".projector.", ".sam_mask_decoder.")
 
 
@@ -33,8 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone, together = [], []
     for (name, micros), (how, packed_to) in product(GLOBAL_BATCHES.items(), ROWS.items()):
         alone.append(Run(f"{name}-{how}", 1, (micros,), packed_to))
-        split = tuple((micro,) for micro in micros)
+        half = len(micros) // 2
+        split = (micros[:half], micros[half:])
         together += [Run(f"{name}-{how}-{stage}", stage, split, packed_to) for rows, stage in WAYS if rows == how]
+        if name == IN_BF16 and packed_to is None:
+            together += [Run(f"bf16-{stage}", stage, split, bf16=True) for stage in (1, 2, 3)]
     for world, runs in (("alone", alone), ("together", together)):
         (folder / world).mkdir()
         spawn(trained, (runs, parts, folder / world), nprocs=len(runs[0].shares))
@@ -59,3 +68,19 @@ def test_what_a_rank_lacks_changes_nothing(folder: Path, name: str, how: str, st
             move, expected_move = found[key] - start, expected[key] - start
             allowed = 1e-4 * expected_move.norm() + 3e-7 * start.norm()  # what the weights' own rounding makes
             assert (move - expected_move).norm() <= allowed, key
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_in_bf16_move_as_those_in_fp32(folder: Path, stage: int) -> None:
+    exact = load_file(folder / "alone" / f"{IN_BF16}-padded-0.safetensors")
+    moves: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
+    for rank in range(2):
+        rough = load_file(folder / "together" / f"bf16-{stage}-{rank}.safetensors")
+        torch.testing.assert_close(rough["losses"], exact["losses"], atol=2e-2, rtol=2e-2)
+        for part in PARTS:
+            keys = [key for key in exact if part in key and f"start.{key}" in exact]
+            a, b = (torch.cat([(end[key] - exact[f"start.{key}"]).flatten() for key in keys]) for end in (exact, rough))
+            moves[part].append(b)
+            assert torch.cosine_similarity(a, b, 0) > 0.98, part
+            assert b.norm() == pytest.approx(a.norm(), rel=0.05), part
+    assert all(torch.equal(first, second) for first, second in moves.values())
