@@ -84,4 +84,4 @@ def test_weights_in_bf16_move_as_those_in_fp32(folder: Path, stage: int) -> None
             moves = [end[key] - start.bfloat16().float() for key, start in zip(keys, starts, strict=True)]
             move = torch.cat([part_of.flatten() for part_of in moves])
             assert torch.cosine_similarity(move, expected, 0) > 0.998, part
-            assert move.norm() == pytest.approx(expected.norm(), rel=0.02), part
+            assert move.norm().item() == pytest.approx(expected.norm().item(), rel=0.02), part
