@@ -76,6 +76,7 @@ def test_every_term_is_logged_by_source(trained: Recipe) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert set(lines[0]["terms"]) == set(TERMS)
     assert set(lines[0]["by_source"]) == {"training"}
+    assert lines[-1]["learning_rate"] > 0, "a step's own rate: the schedule ends at 0 behind the last"
     assert np.mean([line["loss"] for line in lines[-3:]]) < lines[0]["loss"]
 
 
