@@ -67,9 +67,13 @@ def decode(
     places_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     ids_BT, pixels = input_ids_BT, {"pixel_values": pixel_values}
     while True:
-        hidden_BD = model.model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, past_key_values=cache, **pixels
-        ).last_hidden_state[:, -1]
+        hidden_BD = (
+            model.model(
+                input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, past_key_values=cache, **pixels
+            )
+            .last_hidden_state[:, -1]
+            .to(head.weight_VD.device)
+        )  # a device map may put the head elsewhere
         for reply, hidden_D in zip(replies, hidden_BD, strict=True):
             if not reply.finish and reply.ids and reply.ids[-1] == head.vocabulary.seg_id:
                 reply.seg_states.append(hidden_D)

@@ -39,12 +39,12 @@ class Perceiver:
     """A model and its processor, ready to answer batches of requests."""
 
     def __init__(self, model: PerceptioForConditionalGeneration, processor: PerceptioProcessor) -> None:
-        """Raises ValueError for a model without codec or with weights on disk, and for a processor of another model."""
+        """Raises ValueError for a model without codec, for weights not in memory, and for another model's processor."""
         if model.codec is None:
             raise ValueError("the model has no codec: load it with from_pretrained, or attach_codec() first")
         if offloaded := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
             raise ValueError(
-                f"{offloaded} is offloaded, expected every weight in memory: give a device_map without disk"
+                f"{offloaded} is offloaded, expected every weight in memory: give a device_map that offloads nothing"
             )
         for name in ("vocabulary", "depth_tokens", "max_objects", "depth_after_text"):
             own, other = getattr(model.config, name), getattr(processor, name)

@@ -164,7 +164,9 @@ class ReplyGrammar:
                     text.append(token_id)
                 case "codes":
                     codes.append(token_id)
-        if not problem and state.phase in (Phase.CODES, Phase.DEPTH_END):
+        if not problem and state.phase is Phase.DEPTH_END:
+            problem = f"the depth block ends after {state.codes} codes without its end marker"
+        elif not problem and state.phase is Phase.CODES:
             problem = f"the depth block ends after {state.codes} of {self.tokens} codes"
         elif not problem and not self.allowed(state).end:
             problem = "the reply ends before a demanded part"

@@ -64,7 +64,7 @@ def depth_reconstruction(predicted_BHW: Tensor, target_BHW: Tensor, *, gradient:
 
 
 def sample_points(
-    logits_MHW: Tensor, *, points: int, seeds: Sequence[int], oversample: float = 3.0, importance: float = 0.75
+    logits_MHW: Tensor, *, points: int, seeds: Sequence[int], oversample: float, importance: float
 ) -> Tensor:
     """Point coordinates [M, S, 2] in [0, 1] (x, y), most where the mask is uncertain (lineage: Sa2VA, PointRend).
 

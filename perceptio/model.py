@@ -39,6 +39,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
 
     config_class = PerceptioConfig
     config: PerceptioConfig
+    # SAM2's: rounded, places would move
+    _keep_in_fp32_modules_strict = {"positional_encoding_gaussian_matrix"}  # noqa: RUF012  # as transformers has it
 
     def __init__(self, config: PerceptioConfig) -> None:
         super().__init__(config)
@@ -58,7 +60,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
 
         With `packed_to`, right-padded samples are read behind one another, in rows of at most so many tokens. A batch
         of words alone has no tiles in `pixel_values`. Raises ValueError where the batch has another number of image
-        tokens than its tiles make features; that each sample has its own is for `ask` and `collate` to see to.
+        tokens than its tiles make features, and for packed rows under another attention than torch's own; that each
+        sample has its own image tokens is for `ask` and `collate` to see to.
         """
         if len(pixel_values) == 0:
             return self._words_alone(input_ids_BT, attention_mask_BT, pixel_values, packed_to=packed_to)
@@ -67,6 +70,9 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
                 input_ids=input_ids_BT, attention_mask=attention_mask_BT, pixel_values=pixel_values, use_cache=False
             )
             return torch.as_tensor(output.last_hidden_state)
+        seen_by = self.config.get_text_config()._attn_implementation
+        if seen_by != "sdpa":  # eager attention would add the packed rows' mask of booleans to its scores
+            raise ValueError(f"attention is {seen_by!r}, expected 'sdpa' where samples are packed: load the model so")
         packing = Packing.of(attention_mask_BT.sum(1).tolist(), packed_to)
         positions_RL, sees_R1LL = packing.positions_and_sight(input_ids_BT.device)
         output = self.model(
@@ -160,6 +166,8 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             raise ValueError(f"{source}: config.json has model_type {found!r}, expected 'perceptio'{hint}")
         if max_objects is not None:
             raise ValueError(f"{source}: max_objects is {max_objects}, but a Perceptio's is fixed in its config.json")
+        if kwargs.pop("output_loading_info", False):
+            raise ValueError(f"{source}: output_loading_info is true, expected false: weights are checked here")
         loaded_with: Any = super().from_pretrained(
             source, *args, **kwargs | {"output_loading_info": True, "use_safetensors": True}
         )
@@ -184,6 +192,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         max_objects: int,
         depth_after_text: bool = False,
         starts_as: Mapping[SpatialName, str] | None = None,
+        embedding_noise: float = 0.1,
         prompts_start_as_clicks: bool = False,
         dtype: torch.dtype | str = torch.float32,
         **hub: Any,
@@ -192,13 +201,16 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
 
         `base` is a folder or hub id in transformers' layout (`hub` says how to find it: revision, token, ...); the
         tokenizer and embeddings are extended here (see `extend_vocabulary`), the mask projector starts at random: seed
-        torch before. Raises ValueError for a base that has spatial tokens already.
+        torch before. Every part trains but SAM2's frozen ones until `add_lora(model)` and `set_trainable(model)` leave
+        those that the lineage trains. Raises ValueError for a base that has spatial tokens already.
         """
         backbone, processor = load_backbone(str(base), dtype=dtype, **hub)
         require_fresh(processor.tokenizer, str(base))
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
-        vocabulary = extend_vocabulary(backbone, processor.tokenizer, codec.codes, starts_as=starts_as)
+        vocabulary = extend_vocabulary(
+            backbone, processor.tokenizer, codec.codes, starts_as=starts_as, noise=embedding_noise
+        )
         fields = backbone.config.to_dict() | {
             "sam2_config": segmenter.config.to_dict(),
             "codebook_digest": codec.digest,

@@ -127,15 +127,17 @@ class PerceptioProcessor(InternVLProcessor):  # type: ignore[no-untyped-call]
     def ask(self, requests: Sequence[Request]) -> BatchFeature:
         """`input_ids` and `attention_mask` [B, T] up to where replies begin, and the `pixel_values` of all tiles.
 
-        Raises ValueError for a question without a word, for other parts than "on", "off" and "auto", and for an image
-        that is not [H, W, 3] of uint8.
+        Raises ValueError for no request, a question without a word, other parts than "on", "off" and "auto", and an
+        image that is not [H, W, 3] of uint8 or has no pixel.
         """
+        if not requests:
+            raise ValueError("got no requests, expected at least one")
         for number, request in enumerate(requests):
             if not request.question.strip():
                 raise ValueError(f"request {number}: its question is blank, expected words")
             self.grammar(request.segmentation, request.depth)  # raises
             image = request.rgb_HW3
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            if image.ndim != 3 or image.shape[2] != 3 or image.size == 0 or image.dtype != np.uint8:
                 raise ValueError(f"request {number}: image is {image.dtype} {image.shape}, expected uint8 (H, W, 3)")
         images = self.image_processor(
             [request.rgb_HW3 for request in requests], return_tensors="pt", input_data_format="channels_last"

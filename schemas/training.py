@@ -31,6 +31,11 @@ class ModelRecipe(Section):
     starts_as: dict[SpatialName, str] = Field(
         description="tokens of the base whose embeddings spatial tokens start as, else the mean of all (reconstruction)"
     )
+    embedding_noise: Weight = Field(
+        default=0.1,
+        description="around the mean of the base's embeddings, where spatial tokens start, in their standard deviations"
+        " (reconstruction)",
+    )
     prompts_start_as_clicks: bool = Field(
         description="the mask projector starts in SAM2's space of clicks (reconstruction), else as torch starts it"
     )
@@ -60,6 +65,12 @@ class LossWeights(Section):
     temperature: Annotated[float, Field(gt=0)] = Field(description="tau of soft merging")
     gradient: Weight = Field(description="of the gradient-matching part inside reconstruction")
     mask_points: Positive = Field(description="sampled points per mask")
+    mask_oversample: Annotated[float, Field(ge=1)] = Field(
+        default=3.0, description="candidates drawn for each sampled point (lineage: PointRend)"
+    )
+    mask_importance: Share = Field(
+        default=0.75, description="of the sampled points are the least certain candidates (lineage: PointRend)"
+    )
     plain: bool = Field(
         default=False,
         description="markers and codes count as text, which is plain next-token loss, for the study of the objectives",
@@ -135,6 +146,11 @@ class TrainRecipe(Section):
     code_noise: Share = Field(
         description="share of the depth codes that are read as random ones, so that the next one depends on the image"
         " and not on the last ones alone (reconstruction; 0 in the lineage)"
+    )
+    auto_share: Share = Field(
+        default=0.5,
+        description="of the dialogues leave a part of the reply to the model, as a request does unless it says"
+        " otherwise (reconstruction)",
     )
     streams: Positive = Field(description="canonical streams of the mixture, C")
     mixture: tuple[MixtureEntry, ...]

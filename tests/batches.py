@@ -86,6 +86,7 @@ def batch_of(parts: Parts, numbers: Sequence[tuple[int, int]], **options: Any) -
             key=(0, number),
             max_objects=2,
             image_tokens=count_image_tokens(processor, 48, 64),
+            depth_tokens=model.config.depth_tokens,
             **options,
         )
         items.append(load_item(row, dialogue, source=entry, key=(0, number)))

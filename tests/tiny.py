@@ -69,9 +69,9 @@ def tiny_parts(folder: Path, seed: int = 0, *, text_model: str = "qwen2", tied: 
     return parts
 
 
-def tiny_model(folder: Path, seed: int = 0) -> Path:
+def tiny_model(folder: Path, seed: int = 0, *, text_model: str = "qwen2", tied: bool = True) -> Path:
     """A whole Perceptio folder, as `train` would publish it: model, processor, codebook."""
-    parts = tiny_parts(folder / "parts", seed)
+    parts = tiny_parts(folder / "parts", seed, text_model=text_model, tied=tied)
     model, processor = PerceptioForConditionalGeneration.from_parts(
         parts["base"], parts["sam2"], parts["codebook"], max_objects=2
     )

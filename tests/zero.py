@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.step import Objective, train_step
-from perceptio.vlm.backbone import set_trainable
+from perceptio.vlm.backbone import add_lora, set_trainable
 from tests.batches import ENTRIES, WEIGHTS, batch_of, without_images
 
 STEPS, RATE = 2, 1e-2
@@ -37,16 +37,17 @@ class Run:
     shares: tuple[tuple[Micro, ...], ...]
     packed_to: int | None = None
     bf16: bool = False
+    lineage: bool = False  # LoRA, and what else trains by default; an untied Llama
 
 
-def trained(rank: int, runs: Sequence[Run], parts: dict[str, Path], out: Path) -> None:
+def trained(rank: int, runs: Sequence[Run], parts: dict[bool, dict[str, Path]], out: Path) -> None:
     """Does this rank's part of every training, each from the same start; saves that start and what it then has."""
     torch.set_num_threads(1)
     world = len(runs[0].shares)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # as Ray Train sets them
     dist.init_process_group("gloo", init_method=f"file://{out / 'store'}", rank=rank, world_size=world)
     for run in runs:
-        _trained(run, run.shares[rank], parts, out / f"{run.name}-{rank}.safetensors")
+        _trained(run, run.shares[rank], parts[run.lineage], out / f"{run.name}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -58,7 +59,14 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
     model, processor = PerceptioForConditionalGeneration.from_parts(
         parts["base"], parts["sam2"], parts["codebook"], max_objects=2
     )
-    set_trainable(model, vision=True, projector=True, language="full", embeddings=True)
+    if run.lineage:
+        add_lora(model, rank=4, alpha=8, dropout=0.0)
+        set_trainable(model)
+        for name, weight in model.named_parameters():
+            if ".lora_B" in name:  # at its zeros the other half of a layer would have no gradient
+                torch.nn.init.normal_(weight, std=0.05)
+    else:
+        set_trainable(model, vision=True, projector=True, language="full", embeddings=True)
     start = {f"start.{name}": p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     batches = []
     for micro in share:

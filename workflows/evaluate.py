@@ -39,7 +39,6 @@ from perceptio.data.masks import masks_to_rle
 from perceptio.data.template import DEPTH_PROMPTS
 from perceptio.depth.codec import DepthCodec
 from perceptio.generate import Perceiver, Perception
-from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import Request
 from schemas.manifest import FileEntry, Manifest
 from schemas.recipe import Recipe
@@ -50,6 +49,7 @@ from workflows.folders import local_copy, require
 from workflows.held_out import Picture, learn_blind, read_pictures
 from workflows.scores import Predictions, Score, score
 from workflows.store import OtherInputsError, Root, StageError, open_root, write_manifest
+from workflows.untrained import untrained
 
 METRICS = "metrics.json"
 MARKS = "marks.parquet"
@@ -127,18 +127,8 @@ class Asker:
 
     def _untrained(self) -> Perceiver:
         """The model as training found it: the same parts, the same seed."""
-        part = self.recipe.model
         torch.manual_seed(self.recipe.seed)
-        model, processor = PerceptioForConditionalGeneration.from_parts(
-            runtime.weights(part.base, "base"),
-            runtime.weights(part.sam2, "segmenter"),
-            local_copy(self.root, "codebook", stage="codebook"),
-            max_objects=part.max_objects,
-            depth_after_text=part.depth_after_text,
-            starts_as=part.starts_as,
-            prompts_start_as_clicks=part.prompts_start_as_clicks,
-        )
-        return Perceiver(model, processor)
+        return Perceiver(*untrained(self.recipe, self.root))
 
 
 def run(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,15 +114,19 @@ def threads_beside_a_model() -> int:
     return 0 if device() == "cpu" else 1
 
 
+@cache
 def code_version() -> str:
-    """The package's version, and the commit where the code is a git checkout."""
+    """The package's version, and the commit where the code is a git checkout; "-dirty" where files differ from it.
+
+    As it was when this process first asked, which a run does at its start.
+    """
     try:
         version = importlib.metadata.version("perceptio")
     except importlib.metadata.PackageNotFoundError:
         version = "unpackaged"
     if not (CHECKOUT / ".git").exists():
         return version
-    command = ["git", "-C", str(CHECKOUT), "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return f"{version}+{commit}" if commit else version
 

@@ -34,9 +34,10 @@ from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
 from schemas.recipe import Recipe, section_digest
 from workflows import runtime
 from workflows.commits import Table, require_same
-from workflows.folders import local_copy, publish, require, run_storage
+from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import TrainLog, watched
+from workflows.untrained import untrained
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def run(recipe: Recipe) -> None:
             "run": name,
             "inputs": made_from,
             "folder": str(Path.cwd()),
+            "code": runtime.code_version(),
         },
         scaling_config=ScalingConfig(
             num_workers=train.workers,
@@ -146,21 +148,14 @@ def _work(config: dict[str, Any]) -> None:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here
             _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
-    _publish(recipe, root, config | {"precision": train.precision}, engine, model, processor, rank)
+    made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
+    _publish(recipe, root, made, engine, model, processor, rank)
 
 
 def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneration, Any]:
     """The untrained model, with the recipe's parts set to train."""
     part = recipe.model
-    model, processor = PerceptioForConditionalGeneration.from_parts(
-        runtime.weights(part.base, "base"),
-        runtime.weights(part.sam2, "segmenter"),
-        local_copy(root, "codebook", stage="codebook"),
-        max_objects=part.max_objects,
-        depth_after_text=part.depth_after_text,
-        starts_as=part.starts_as,
-        prompts_start_as_clicks=part.prompts_start_as_clicks,
-    )
+    model, processor = untrained(recipe, root)
     lora = part.lora
     if lora is not None and part.language == "lora":
         add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.targets)
@@ -198,6 +193,8 @@ def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: A
         vocabulary=model.config.vocabulary,
         max_objects=recipe.model.max_objects,
         max_length=recipe.model.max_length,
+        depth_tokens=model.config.depth_tokens,
+        auto_share=train.auto_share,
         code_noise=train.code_noise,
         depth_after_text=recipe.model.depth_after_text,
         plain=train.losses.plain,
@@ -246,7 +243,8 @@ def _publish(
         if recipe.model.language == "lora":
             merge_lora(model, dtype)
         if dtype is not None:
-            model.to(dtype)
+            for weight in model.parameters():  # and no buffer: rotary frequencies and SAM2's places stay in fp32
+                weight.data = weight.data.to(dtype)
         with tempfile.TemporaryDirectory(prefix="perceptio-model-") as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
@@ -263,9 +261,10 @@ def _publish(
                 stage="train",
                 attempt=runtime.attempt_id(),
                 recipe=recipe.digest,
-                code=runtime.code_version(),
+                code=config["code"],
                 inputs=config["inputs"],
                 licences=_licences(recipe, root),
+                seconds=config["seconds"],
                 extra={"precision": config["precision"]},
             )
 

@@ -30,11 +30,18 @@ class TrainLog:
     def __init__(self, root: Root, run: str, first_step: int) -> None:
         self.root, self.place = root, ("runs", run, METRICS_NAME)
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
+        self.before = self.seconds  # of the attempts that this one goes on from
         self.began, self.next_write = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts up to the last step, without their starts."""
+        return float(self.lines[-1]["seconds"]) if self.lines else 0.0
 
     def add(self, step: int, report: StepReport, learning_rate: float) -> None:
         """Adds the report of `step` (counted from 1)."""
-        line = {"step": step, "seconds": round(time.monotonic() - self.began, 3), "learning_rate": learning_rate}
+        seconds = round(self.before + time.monotonic() - self.began, 3)
+        line = {"step": step, "seconds": seconds, "learning_rate": learning_rate}
         self.lines.append(line | dataclasses.asdict(report))
         if time.monotonic() >= self.next_write:
             self.write()

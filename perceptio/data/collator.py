@@ -165,6 +165,9 @@ def _depth(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
     found = [item.inv_depth_HW for item in items if item.inv_depth_HW is not None]
     has_depth_B = torch.tensor([item.inv_depth_HW is not None for item in items])
     target_BHW = torch.zeros(len(items), *(found[0].shape if found else (0, 0)))
+    if len({target_HW.shape for target_HW in found}) > 1:
+        shapes = {item.dialogue.sample_id: item.inv_depth_HW.shape for item in items if item.inv_depth_HW is not None}
+        raise ValueError(f"depth targets {shapes}, expected one shape: assemble their sources again")
     if found:
         target_BHW[has_depth_B] = torch.from_numpy(np.stack(found))
     return has_depth_B, target_BHW

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Part = Literal["auto", "on", "off"]
 
-AUTO_SHARE = 0.5  # of the training dialogues leave a part to the model, as a request does unless it says otherwise
 DEPTH_PROMPTS = (
     "Describe the depth of this image.",
     "Estimate the depth of this image.",
@@ -128,22 +127,30 @@ def render(
     key: tuple[int, int],
     max_objects: int,
     image_tokens: int,
+    depth_tokens: int,
+    auto_share: float = 0.5,
     code_noise: float = 0.0,
     depth_after_text: bool = False,
     plain: bool = False,
 ) -> Dialogue:
     """The training dialogue of a samples row: turns, prompt and control line are drawn from `key`, (seed, position).
 
+    `auto_share` of them leave a part to the model, as a request does unless it says otherwise (reconstruction).
     `code_noise` is the share of depth codes that are read as random ones, so that a model that has to write its own
     looks at the image and not at its last codes alone (reconstruction).
     `depth_after_text` puts the block behind the text, and `plain` counts all of a reply as text: plain next-token loss.
     A part is left out where the row has no data for it. A row without a turn that fits the entry is used for its depth.
     Where the entry wants boxes, expressions are answered by them, in words. Raises ValueError where a row has neither
-    turn nor depth, and for objects without a mask or above `max_objects`.
+    turn nor depth, for objects without a mask or above `max_objects`, and for another number of codes than
+    `depth_tokens`.
     """
     rng = Random(f"{key[0]} {key[1]}")
     turns = _choose_turns(sample, entry, rng)
     codes = tuple(sample["codes"] or ()) if entry.depth else ()
+    if codes and len(codes) != depth_tokens:
+        raise ValueError(
+            f"sample {sample['id']}: {len(codes)} depth codes, expected {depth_tokens}: tokenize its source again"
+        )
     if not turns and not codes:
         raise ValueError(
             f"sample {sample['id']}: no turn of {len(sample['turns'])} fits mixture entry '{entry.source}' (kinds "
@@ -154,7 +161,8 @@ def render(
     objects = _objects(sample, chosen[0], max_objects) if chosen and _is_segmented(sample, entry, chosen[0]) else ()
     said = [_in_boxes(sample, entry, turn, max_objects) or (turn["prompt"], turn["answer"]) for turn in chosen]
     questions, answers = zip(*said or [(rng.choice(DEPTH_PROMPTS), DEPTH_ANSWER)], strict=True)
-    prompts = _prompts(tokenizer, questions, _control(bool(objects), rng), _control(bool(codes), rng), image_tokens)
+    segmentation, depth = _control(bool(objects), auto_share, rng), _control(bool(codes), auto_share, rng)
+    prompts = _prompts(tokenizer, questions, segmentation, depth, image_tokens)
 
     ids: list[int] = []
     kinds: list[LossKind] = []
@@ -228,8 +236,8 @@ def _objects(sample: Mapping[str, Any], turn: Mapping[str, Any], max_objects: in
     return objects
 
 
-def _control(present: bool, rng: Random) -> Part:
-    if rng.random() < AUTO_SHARE:
+def _control(present: bool, auto_share: float, rng: Random) -> Part:
+    if rng.random() < auto_share:
         return "auto"
     return "on" if present else "off"
 

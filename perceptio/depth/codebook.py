@@ -112,7 +112,7 @@ class DepthCodebook(nn.Module):
     def picture(self, z_BND: Tensor) -> Tensor:
         """Inverse depth (B, S, S) of vectors laid on the grid, not clamped."""
         grid = self.config.grid
-        z_BDGG = z_BND.transpose(1, 2).reshape(len(z_BND), -1, grid, grid)
+        z_BDGG = z_BND.transpose(1, 2).reshape(len(z_BND), self.config.dim, grid, grid)
         return torch.as_tensor((self.decoder(z_BDGG).squeeze(1) + 1) / 2)
 
     def forward(self, inv_depth_BSS: Tensor, *, quantize: bool = True) -> CodebookOutput:

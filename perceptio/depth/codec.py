@@ -56,10 +56,12 @@ class DepthCodec:
     def resize(self, inv_depth_BHW: Tensor) -> Tensor:
         """Maps (B, S, S) in [0, 1] at the codebook's size: bilinear, antialiased; fp32 on the codec's device.
 
-        Raises ValueError for another rank, and for values that are not finite or outside [0, 1].
+        Raises ValueError for another rank, maps without a pixel, and values that are not finite or outside [0, 1].
         """
         if inv_depth_BHW.ndim != 3:
             raise ValueError(f"inv_depth has shape {tuple(inv_depth_BHW.shape)}, expected three dimensions B, H, W")
+        if 0 in inv_depth_BHW.shape[1:]:
+            raise ValueError(f"inv_depth has shape {tuple(inv_depth_BHW.shape)}, expected maps of at least one pixel")
         x_BHW = inv_depth_BHW.to(self.vectors_KD.device, self._precise())
         if x_BHW.numel():
             low, high = x_BHW.min().item(), x_BHW.max().item()
@@ -135,10 +137,15 @@ class DepthCodec:
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32, which a GPU's convolutions use for fp32 unless they are told not to."""
-    cudnn = torch.backends.cudnn
+    """No autocast, and no TF32: a GPU's convolutions use it for fp32 by themselves, its products where a host asks."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
     with (
         torch.autocast(device.type, enabled=False),
         cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False),
     ):
-        yield
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = precision

@@ -12,7 +12,11 @@ _LETTER = re.compile(r"\(?([A-Z])\)?")
 _LEAD = re.compile(
     r"^(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*", re.IGNORECASE
 )
-_MARKED = re.compile(r"\(([A-Z])\)|^([A-Z])(?=[.:,)]|\s*$)")
+_MARKED = re.compile(r"\(([A-Z])\)|^([A-Z])(?=[.:,/)&]|\s+(?:or|and)\b|\s*$)")
+_JOINED = re.compile(
+    r"(?:[,/&]|\bor\b|\band\b)\s*(?:(?:option|point)\s+)?\(?([A-Z])\)?(?=\s*(?:[.,:;/&)]|or\b|and\b|$))"
+)
+_DENIED = re.compile(r"\bnot\s+(?:(?:option|point)\s+)?\(?[A-Z]\b", re.IGNORECASE)
 
 
 def normalise(text: str) -> str:
@@ -29,18 +33,23 @@ def read_letter(reply: str, letters: Sequence[str]) -> str | None:
     """The one letter that the reply names ("B", "(B)", "B. the chair", "The answer is (B)"), else None.
 
     letters: capital letters without brackets. A bare capital counts only at the beginning, so that the article in
-    "A chair is closest" is no answer; in brackets it counts anywhere.
+    "A chair is closest" is no answer; in brackets it counts anywhere. One that is joined to another by a comma, "or" or
+    "and" makes two, and one behind "not" is no answer.
     """
     rest = _LEAD.sub("", reply.strip())
+    if _DENIED.search(rest):
+        return None
     named = {bracketed or bare for bracketed, bare in _MARKED.findall(rest)}
+    named |= set(_JOINED.findall(rest)) if named else set()
     return named.pop() if len(named) == 1 and named <= set(letters) else None
 
 
 def read_option(reply: str, options: Sequence[str]) -> str | None:
-    """The one option that the reply is, word for word once normalised and an introduction is cut off; else None."""
-    said = normalise(_LEAD.sub("", reply.strip()))
-    found = [option for option in options if normalise(option) == said]
-    return found[0] if len(found) == 1 else None
+    """The one option that the reply is, word for word once normalised, with an introduction or without; else None."""
+    for said in (normalise(reply), normalise(_LEAD.sub("", reply.strip()))):
+        if found := [option for option in options if normalise(option) == said]:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def read_choice(reply: str, choices: Sequence[str]) -> str | None:

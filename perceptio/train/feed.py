@@ -27,6 +27,8 @@ class Feed:
     vocabulary: SpatialVocabulary
     max_objects: int
     max_length: int
+    depth_tokens: int
+    auto_share: float
     code_noise: float
     depth_after_text: bool
     plain: bool  # all of a reply counts as text
@@ -46,6 +48,8 @@ class Feed:
             key=key,
             max_objects=self.max_objects,
             image_tokens=count_image_tokens(self.processor, row["height"], row["width"]),
+            depth_tokens=self.depth_tokens,
+            auto_share=self.auto_share,
             code_noise=self.code_noise,
             depth_after_text=self.depth_after_text,
             plain=self.plain,

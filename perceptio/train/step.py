@@ -110,7 +110,13 @@ class Objective(nn.Module):
         logits_MHW = self.model.masks(hidden_MD, features, batch.seg_image_M).logits_MHW.float()
         if len(logits_MHW) == 0:
             return sums_QC + logits_MHW.sum()  # 0, but connected
-        points_MS2 = losses.sample_points(logits_MHW, points=self.weights.mask_points, seeds=batch.mask_seeds)
+        points_MS2 = losses.sample_points(
+            logits_MHW,
+            points=self.weights.mask_points,
+            seeds=batch.mask_seeds,
+            oversample=self.weights.mask_oversample,
+            importance=self.weights.mask_importance,
+        )
         found_MS = losses.values_at(logits_MHW, points_MS2)
         target_MS = losses.values_at(batch.masks_MHW.to(found_MS.dtype), points_MS2)
         masks_B = torch.bincount(batch.seg_sample_M, minlength=len(batch.input_ids_BT))
@@ -126,8 +132,9 @@ def counts_by_source(batches: Sequence[Batch], sources: int) -> Tensor:
     for batch in batches:
         for term, kind in _KINDS.items():
             counts_QC = _add(counts_QC, term, batch.source_B, (batch.loss_kind_BT == kind).sum(1).float())
+        has_codes_B = (batch.loss_kind_BT == LossKind.TOKEN).any(1)  # not where codes count as text
         for term in ("count", "reconstruction"):
-            counts_QC = _add(counts_QC, term, batch.source_B, batch.has_depth_B.float())
+            counts_QC = _add(counts_QC, term, batch.source_B, has_codes_B.float())
         has_mask_B = torch.bincount(batch.seg_sample_M, minlength=len(batch.input_ids_BT)) > 0
         for term in ("mask_bce", "mask_dice"):
             counts_QC = _add(counts_QC, term, batch.source_B, has_mask_B.float())

@@ -24,7 +24,6 @@ from perceptio.vocabulary import SpatialVocabulary, extend_tokenizer
 from schemas.training import SpatialName
 
 MODEL_TYPE = "internvl"
-NOISE = 0.1  # of the old rows' standard deviation, so that the new rows are not all the same
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Language = Literal["lora", "full", "frozen"]
@@ -64,16 +63,18 @@ def extend_vocabulary(
     codes: int,
     *,
     starts_as: Mapping[SpatialName, str] | None = None,
+    noise: float = 0.1,
     seed: int = 0,
 ) -> SpatialVocabulary:
     """The spatial ids, after tokenizer and embeddings were given rows for them, in place (reconstruction).
 
-    New rows are the mean of the old ones plus small seeded noise, in the input embeddings and, where it is not tied to
-    them, in the output head; old rows stay as they are, and what is tied stays tied. Instead of that mean, "seg",
-    "depth_start", every "code" and "depth_end" may start as the row of an old token that `starts_as` names: behind the
-    token that opens a box the base knows already what is meant and where it is; where it would write numbers it learns
-    codes sooner. Raises ValueError if the tokenizer has spatial tokens already, since whether the rows were given
-    cannot be told from a model with spare ones, and where what `starts_as` names is not one token.
+    New rows are the mean of the old ones plus seeded noise, `noise` times their standard deviation, so that no two are
+    alike: in the input embeddings and, where it is not tied to them, in the output head. Old rows stay as they are, and
+    what is tied stays tied. Instead of that mean, "seg", "depth_start", every "code" and "depth_end" may start as the
+    row of an old token that `starts_as` names: behind the token that opens a box the base knows already what is meant
+    and where it is; where it would write numbers it learns codes sooner. Raises ValueError if the tokenizer has spatial
+    tokens already, since whether the rows were given cannot be told from a model with spare ones, and where what
+    `starts_as` names is not one token.
     """
     like = {name: _one_token(tokenizer, name, text) for name, text in (starts_as or {}).items()}
     known = len(tokenizer)
@@ -88,7 +89,7 @@ def extend_vocabulary(
     first = min(vocabulary.all_ids)
     generator = torch.Generator().manual_seed(seed)
     for weight_VD in _vocabulary_weights(model):
-        _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), generator)
+        _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), noise, generator)
         with torch.no_grad():
             for name, old_id in like.items():
                 weight_VD[_ids(vocabulary, name)] += weight_VD[old_id] - weight_VD[:first].mean(0)
@@ -114,12 +115,12 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> int:
 def add_lora(
     model: InternVLForConditionalGeneration,
     *,
-    rank: int,
-    alpha: int,
-    dropout: float,
+    rank: int = 128,
+    alpha: int = 256,
+    dropout: float = 0.05,
     target_modules: Sequence[str] = LORA_TARGETS,
 ) -> None:
-    """Puts LoRA layers into the text model's linear layers, in place (lineage: Sa2VA, rank 128, alpha 256).
+    """Puts LoRA layers into the text model's linear layers, in place (its sizes by default: lineage, Sa2VA).
 
     The model keeps its class, and embeddings and head stay whole and tied as they were: they are trained directly
     (`set_trainable`) rather than through copies. Raises ValueError if it has LoRA already or no layer is so named.
@@ -160,12 +161,17 @@ def merge_lora(model: InternVLForConditionalGeneration, dtype: torch.dtype | Non
 
 
 def set_trainable(
-    model: InternVLForConditionalGeneration, *, vision: bool, projector: bool, language: Language, embeddings: bool
+    model: InternVLForConditionalGeneration,
+    *,
+    vision: bool = False,
+    projector: bool = True,
+    language: Language = "lora",
+    embeddings: bool = True,
 ) -> None:
     """Sets what trains: the four parts named, each wholly or not; `language="lora"` trains the LoRA layers alone.
 
-    `embeddings` covers the input embeddings and the output head. Raises ValueError for "lora" without LoRA layers and
-    for an unknown `language`.
+    By default what the lineage trains (Sa2VA), behind `add_lora(model)`. `embeddings` covers the input embeddings and
+    the output head. Raises ValueError for "lora" without LoRA layers and for an unknown `language`.
     """
     if language not in ("lora", "full", "frozen"):
         raise ValueError(f"language: got {language!r}, expected 'lora', 'full' or 'frozen'")
@@ -193,11 +199,11 @@ def _vocabulary_weights(model: InternVLForConditionalGeneration) -> list[nn.Para
 
 
 @torch.no_grad()
-def _fill_rows(weight_VD: nn.Parameter, first: int, end: int, generator: torch.Generator) -> None:
+def _fill_rows(weight_VD: nn.Parameter, first: int, end: int, noise: float, generator: torch.Generator) -> None:
     """Sets rows `first` to `end` from the mean and spread of the rows before them."""
     old_VD = weight_VD[:first].float()
     noise_ND = torch.randn(end - first, weight_VD.shape[1], generator=generator).to(weight_VD.device)
-    weight_VD[first:end] = (old_VD.mean(0) + NOISE * old_VD.std(0) * noise_ND).to(weight_VD.dtype)
+    weight_VD[first:end] = (old_VD.mean(0) + noise * old_VD.std(0) * noise_ND).to(weight_VD.dtype)
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

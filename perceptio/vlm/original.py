@@ -169,8 +169,11 @@ def convert_folder(source: Path, out: Path, *, processor: str | Path | None = No
 
     The processor is that of `processor`, a folder or hub id in transformers' layout, or made from the checkpoint's own
     tokenizer where that needs no remote code (Qwen2's do not, InternLM2's does). Raises ValueError where the weights
-    are not exactly those of the configuration, and where there is no tokenizer that can be read.
+    are not exactly those of the configuration, where their index names a file elsewhere, where `out` is `source`, and
+    where there is no tokenizer that can be read.
     """
+    if out.resolve() == source.resolve():
+        raise ValueError(f"out is {out}, the checkpoint's own folder, expected another one: it would be written over")
     original = json.loads((source / "config.json").read_text(encoding="utf-8"))
     made = _processor(source, original) if processor is None else InternVLProcessor.from_pretrained(str(processor))
     config = config_of(original, made.image_token_id)
@@ -181,6 +184,8 @@ def convert_folder(source: Path, out: Path, *, processor: str | Path | None = No
     out.mkdir(parents=True, exist_ok=True)
     index = source / INDEX
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    if outside := [file for file in files if Path(file).name != file]:
+        raise ValueError(f"{index}: it names {outside[0]!r}, expected files of this folder alone")
     places: dict[str, str] = {}
     for file in files:
         theirs = load_file(source / file)

@@ -61,6 +61,7 @@ def _batch(model: PerceptioForConditionalGeneration, processor: Any, recipe: Any
             key=(0, number),
             max_objects=recipe.model.max_objects,
             image_tokens=count_image_tokens(processor, SIZE, SIZE),
+            depth_tokens=model.config.depth_tokens,
         )
         items.append(load_item(row, dialogue, source=0, key=(0, number)))
     sam2_size = model.segmenter.sam2.config.image_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,22 @@ PARTS: list[tuple[Part, Part]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2])
+@pytest.fixture(
+    scope="module",
+    params=[(0, "qwen2", True), (1, "llama", False), (2, "qwen2", False)],
+    ids=["qwen2 tied", "llama untied", "qwen2 untied"],
+)
 def perceiver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Perceiver:
-    found = Perceiver.from_pretrained(str(tiny_model(tmp_path_factory.mktemp("model"), seed=request.param)))
-    torch.manual_seed(request.param)
+    seed, text_model, tied = request.param
+    folder = tiny_model(tmp_path_factory.mktemp("model"), seed=seed, text_model=text_model, tied=tied)
+    found = Perceiver.from_pretrained(str(folder))
+    torch.manual_seed(seed)
     with torch.no_grad():  # so that what was read before matters, and no token wins everywhere
         for weight in found.model.model.language_model.parameters():
             if weight.ndim == 2:
                 weight.normal_(std=0.4)
+        if not tied:
+            found.model.lm_head.weight.normal_(std=0.4)
     return found
 
 
@@ -76,7 +84,9 @@ def distances(perceiver: Perceiver, request: Request, ids: list[int]) -> tuple[l
     return found, hidden_TD[ids_BT.shape[1] :]
 
 
-def test_every_token_is_the_best_that_may_come_and_near_ties_alone_tell_ways_apart(perceiver: Perceiver) -> None:
+def test_every_token_is_the_best_that_may_come_and_near_ties_alone_tell_ways_apart(
+    perceiver: Perceiver, record_property: Callable[[str, object], None]
+) -> None:
     asked = requests()
     replies = written(perceiver, asked)
     together = [reply.ids for reply in replies]
@@ -108,7 +118,8 @@ def test_every_token_is_the_best_that_may_come_and_near_ties_alone_tell_ways_apa
             assert max(below, default=0.0) <= NEAR
             near_ties += sum(distance > 0 for distance in below)
     differing = sum(other != ours for found in ways.values() for other, ours in zip(found, together, strict=True))
-    print(f"{near_ties} near ties, {differing} of {3 * len(asked)} replies differ")
+    record_property("near_ties", near_ties)
+    record_property("differing_replies", f"{differing} of {3 * len(asked)}")
     assert near_ties or not differing
     assert len({tuple(ids) for ids in together}) > 4, "they must not all write the same"
 

@@ -1,6 +1,6 @@
 """Codes are the same whatever the batch, decoding is bounded, soft merging is differentiable and ends in hard codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,33 @@ def test_encoding_ignores_autocast_and_refuses_half_precision(codec: DepthCodec)
     codec.codebook.to(torch.bfloat16)
     with pytest.raises(TypeError, match=r"bfloat16, expected float32"):
         codec.encode(maps(1))
+
+
+def test_nothing_to_encode_or_decode_gives_nothing(codec: DepthCodec) -> None:
+    codes = codec.encode(maps(0))
+    assert codes.shape == (0, codec.tokens)
+    assert codec.decode(codes).shape == (0, codec.size, codec.size)
+    assert codec.decode_soft(torch.zeros(0, codec.tokens, codec.codes), 1.0).shape == (0, codec.size, codec.size)
+    with pytest.raises(ValueError, match=r"\(1, 0, 5\), expected maps of at least one pixel"):
+        codec.encode(torch.zeros(1, 0, 5))
+
+
+@pytest.fixture
+def coarse_products() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("coarse_products")
+def test_products_are_told_not_to_use_tf32_where_the_host_does(codec: DepthCodec) -> None:
+    matmul, seen = torch.backends.cuda.matmul, []
+    assert matmul.fp32_precision == "tf32"
+    for part in (codec.codebook.quantizer, codec.codebook.decoder):
+        part.register_forward_pre_hook(lambda *_: seen.append(matmul.fp32_precision))
+    codec.decode(codec.encode(maps(2)))
+    assert seen == ["ieee", "ieee"]
+    assert matmul.fp32_precision == "tf32", "the host's choice stands again"
 
 
 def test_convolutions_are_told_not_to_use_tf32(codec: DepthCodec) -> None:

@@ -25,7 +25,7 @@ def test_a_whole_reply_is_read() -> None:
     [
         ([START, 12, END], "position 2"),
         ([START, 12], "1 of 2 codes"),
-        ([START, 12, 13], "2 of 2 codes"),
+        ([START, 12, 13], "after 2 codes without its end marker"),
         ([START, 12, 13, 14], "position 3"),
         ([WORD, SEG], "position 1"),
         ([WORD, 12], "position 1"),

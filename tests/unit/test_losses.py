@@ -93,6 +93,9 @@ def test_reconstruction_by_hand_and_shape_error() -> None:
     target_BHW = torch.zeros(1, 2, 2, dtype=torch.float64)
     # L1 0.5; horizontal gradient 1, vertical 0
     assert losses.depth_reconstruction(predicted_BHW, target_BHW, gradient=0.5).tolist() == [pytest.approx(1.0)]
+    steep_BHW = torch.tensor([[[0.0, 0.25], [0.5, 1.0]]], dtype=torch.float64)
+    # L1 1.75 / 4; horizontal (0.25 + 0.5) / 2, vertical (0.5 + 0.75) / 2
+    assert losses.depth_reconstruction(steep_BHW, target_BHW, gradient=0.5).tolist() == [pytest.approx(0.9375)]
     with pytest.raises(ValueError, match=r"\(1, 2, 2\).*\(1, 3, 2\)"):
         losses.depth_reconstruction(predicted_BHW, torch.zeros(1, 3, 2), gradient=0.5)
 
@@ -116,7 +119,7 @@ def test_other_gradients_in_float64() -> None:
 def test_points_prefer_the_uncertain_border() -> None:
     logits_MHW = torch.full((1, 64, 64), 9.0)
     logits_MHW[:, :, 31:33] = 0.0
-    points_MS2 = losses.sample_points(logits_MHW, points=200, seeds=[0])
+    points_MS2 = losses.sample_points(logits_MHW, points=200, seeds=[0], oversample=3.0, importance=0.75)
     near = ((points_MS2[..., 0] - 0.5).abs() < 0.04).float().mean().item()
     assert points_MS2.shape == (1, 200, 2)
     assert near > 0.15  # uniform points would give 0.08

@@ -30,6 +30,18 @@ from perceptio.metrics.choices import exact_match, is_right, read_choice, read_l
         ("(A) or (B)", None),
         ("A, or (B)", None),
         ("Both of them", None),
+        ("A, B", None),
+        ("A, B, C or D", None),
+        ("A and B", None),
+        ("A/B", None),
+        ("(A) or B", None),
+        ("B or (A)", None),
+        ("Option A, option B", None),
+        ("Not (B)", None),
+        ("It is not B, it is (C)", None),
+        ("(B), and a chair is behind it", "B"),
+        ("B, and A chair is behind it", "B"),
+        ("B and nothing else", "B"),
     ],
 )
 def test_letters(reply: str, letter: str | None) -> None:
@@ -42,12 +54,14 @@ def test_letters(reply: str, letter: str | None) -> None:
         ("the red chair", "the red chair"),
         ("The red  chair.", "the red chair"),
         ("The answer is the lamp", "the lamp"),
+        ("best view", "best view"),
+        ("The answer is best view", "best view"),
         ("chair", None),
         ("the red chair or the lamp", None),
     ],
 )
 def test_options(reply: str, option: str | None) -> None:
-    assert read_option(reply, ["the red chair", "the lamp"]) == option
+    assert read_option(reply, ["the red chair", "the lamp", "best view"]) == option
 
 
 def test_sets_are_read_as_letters_only_if_all_are_letters() -> None:

@@ -132,5 +132,8 @@ def test_a_swapped_codebook_on_disk_is_refused(tmp_path: Path) -> None:
     (place / "codebook" / "model.safetensors").write_bytes(
         (tmp_path / "other" / "codebook" / "model.safetensors").read_bytes()
     )
-    with pytest.raises(ValueError, match="codebook digest"):
+    own, other = (
+        DepthCodebook.from_pretrained(p / "codebook").digest[:16] for p in (tiny_model(tmp_path / "own"), place)
+    )
+    with pytest.raises(ValueError, match=f"codebook digest is {other}, the model was made with {own}"):
         PerceptioForConditionalGeneration.from_pretrained(place)

@@ -98,6 +98,23 @@ def test_a_base_with_weights_missing_is_refused(parts: dict[str, Path], tmp_path
         load(broken, sam2=parts["sam2"], codebook=parts["codebook"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_places_in_an_image_are_never_rounded(folder: Path, dtype: torch.dtype) -> None:
+    exact = PerceptioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    rough = PerceptioForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    assert {weight.dtype for weight in rough.parameters()} == {dtype}
+    buffers = dict(rough.segmenter.sam2.named_buffers())
+    places = [name for name in buffers if "gaussian_matrix" in name]
+    assert places
+    for name in places:
+        torch.testing.assert_close(buffers[name], exact.segmenter.sam2.get_buffer(name), rtol=0, atol=0)
+
+
+def test_what_was_loaded_is_checked_rather_than_told(folder: Path) -> None:
+    with pytest.raises(ValueError, match="output_loading_info is true, expected false"):
+        PerceptioForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+
+
 def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
     other = copied(folder, tmp_path / "model")
     torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")

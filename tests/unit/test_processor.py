@@ -181,6 +181,7 @@ def test_control_tokens_and_ids_of_no_token_are_no_words(processor: PerceptioPro
         ({"depth": False}, "depth is False, expected one of auto, on, off"),
         ({"rgb_HW3": np.zeros((60, 90, 3))}, r"request 1: image is float64 \(60, 90, 3\), expected uint8 \(H, W, 3\)"),
         ({"rgb_HW3": np.zeros((60, 90, 4), np.uint8)}, r"image is uint8 \(60, 90, 4\), expected uint8 \(H, W, 3\)"),
+        ({"rgb_HW3": np.zeros((0, 90, 3), np.uint8)}, r"image is uint8 \(0, 90, 3\), expected uint8 \(H, W, 3\)"),
         ({"rgb_HW3": np.zeros((60, 90), np.uint8)}, r"image is uint8 \(60, 90\), expected uint8 \(H, W, 3\)"),
     ],
 )
@@ -199,7 +200,9 @@ def test_an_image_of_three_rows_is_no_image_of_three_channels(processor: Percept
     assert (asked[:, 0].mean() - tall[:, 0].mean()).abs() < 0.1, "the red channel is the red channel"
 
 
-def test_a_blank_question_is_refused(processor: PerceptioProcessor) -> None:
+def test_nothing_asked_and_a_blank_question_are_refused(processor: PerceptioProcessor) -> None:
+    with pytest.raises(ValueError, match="got no requests, expected at least one"):
+        processor.ask([])
     with pytest.raises(ValueError, match="request 1: its question is blank"):
         processor.ask([*requests()[:1], Request(requests()[0].rgb_HW3, " \n")])
 

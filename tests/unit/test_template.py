@@ -79,7 +79,12 @@ def entry(**changes: Any) -> MixtureEntry:
 @pytest.fixture
 def write(tokenizer: PreTrainedTokenizerFast, vocabulary: SpatialVocabulary) -> Any:
     def write(row: dict[str, Any], mixed: MixtureEntry, position: int = 0, **more: Any) -> Dialogue:
-        settings = {"key": (7, position), "max_objects": 5, "image_tokens": 2} | more
+        settings = {
+            "key": (7, position),
+            "max_objects": 5,
+            "image_tokens": 2,
+            "depth_tokens": len(row["codes"] or ()),
+        } | more
         return render(row, mixed, vocabulary, tokenizer, **settings)
 
     return write
@@ -87,6 +92,18 @@ def write(tokenizer: PreTrainedTokenizerFast, vocabulary: SpatialVocabulary) -> 
 
 def spoken(tokenizer: PreTrainedTokenizerFast, ids: Any) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def test_another_number_of_codes_is_refused_with_both(write: Any) -> None:
+    with pytest.raises(ValueError, match=r"sample 0123456789abcdef: 3 depth codes, expected 4: tokenize its source"):
+        write(sample(), entry(), depth_tokens=4)
+    assert write(sample(), entry(depth=False), depth_tokens=4).codes == ()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_the_dialogues_leaves_the_parts_to_the_model(write: Any, tokenizer: Any, share: float) -> None:
+    said = [spoken(tokenizer, write(sample(), entry(), p, auto_share=share).input_ids) for p in range(20)]
+    assert {"depth: auto" in text for text in said} == {share == 1}
 
 
 def test_reply_is_objects_then_depth_then_text(write: Any, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,9 +26,12 @@ from tests.batches import BOTH, DEPTH, ENTRIES, MASKS, WEIGHTS, WORDS, batch_of,
 from tests.tiny import tiny_parts
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[PerceptioForConditionalGeneration, Any]:
-    folders = tiny_parts(tmp_path_factory.mktemp("parts"))
+@pytest.fixture(scope="module", params=[("qwen2", True), ("llama", False)], ids=["qwen2 tied", "llama untied"])
+def parts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PerceptioForConditionalGeneration, Any]:
+    text_model, tied = request.param
+    folders = tiny_parts(tmp_path_factory.mktemp("parts"), text_model=text_model, tied=tied)
     model, processor = PerceptioForConditionalGeneration.from_parts(
         folders["base"], folders["sam2"], folders["codebook"], max_objects=2
     )
@@ -69,6 +72,28 @@ def test_packing_changes_neither_loss_nor_gradient(parts: Any, packed_to: int) -
     lengths_B = batch.attention_mask_BT.sum(1).tolist()
     rows = Packing.of(lengths_B, packed_to).row_B[-1] + 1
     assert rows == len(MIXED) if packed_to == 1 else rows < len(MIXED)
+
+
+def test_packing_is_refused_under_an_attention_that_reads_its_mask_otherwise(parts: Any) -> None:
+    model, processor = copy.deepcopy(parts[0]), parts[1]
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attention is 'eager', expected 'sdpa' where samples are packed"):
+        gradients((model, processor), [batch_of(parts, MIXED)], 512)
+
+
+@pytest.mark.parametrize("packed_to", [None, 512])
+def test_words_alone_are_read_as_the_text_model_reads_them(parts: Any, packed_to: int | None) -> None:
+    model, _ = parts
+    batch = without_images(parts, batch_of(parts, [(1, 1), (3, 1), (2, 1)]))
+    with torch.no_grad():
+        found_BTD = model.hidden_states(
+            batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values, packed_to=packed_to
+        )
+        plain_BTD = model.model.language_model(
+            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT
+        ).last_hidden_state
+    seen_BT = batch.attention_mask_BT.bool()
+    torch.testing.assert_close(found_BTD[seen_BT], plain_BTD[seen_BT], rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_is_full_before_the_next_begins() -> None:
@@ -138,6 +163,8 @@ def test_bfloat16_changes_terms_and_gradients_by_little(parts: Any, how: str) ->
     for name, weight in model.model.language_model.named_parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.3 if "embed" in name else 0.2)  # so that every state has its own words
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        torch.nn.init.normal_(model.lm_head.weight, std=0.5)
     batch = batch_of(parts, MIXED)
     _, exact, exact_QC = gradients((model, processor), [batch])
     mean_nll = exact_QC[:, TERMS.index("text")].sum() / counts_by_source([batch], len(ENTRIES))[:, 0].sum()
@@ -211,6 +238,7 @@ def test_plain_next_token_loss_is_the_mean_over_all_tokens_of_the_reply(parts: A
     (apart, tokens), (together, same_tokens) = found
     assert same_tokens == tokens
     assert together["text"] == pytest.approx(apart["text"] + apart["marker"] + apart["token"], rel=1e-5)
+    assert not counts_by_source([batch_of(parts, MIXED, plain=True)], len(ENTRIES))[:, TERMS.index("count")].any()
     assert together["marker"] == together["token"] == together["count"] == together["reconstruction"] == 0
 
 

@@ -190,6 +190,16 @@ def test_embeddings_and_head_train_whole_beside_lora(tied: bool) -> None:
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
 
 
+def test_by_default_what_the_lineage_trains_trains() -> None:
+    model = build(tied=False)
+    add_lora(model)
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    assert (layer.r["default"], layer.lora_alpha["default"], layer.lora_dropout["default"].p) == (128, 256, 0.05)
+    set_trainable(model)
+    whole = ("model.multi_modal_projector.", "model.language_model.embed_tokens.", "lm_head.")
+    assert trained(model) == {n for n, _ in model.named_parameters() if n.startswith(whole) or ".lora_" in n}
+
+
 @pytest.mark.parametrize("part", ["vision", "projector", "language", "embeddings"])
 def test_each_part_trains_alone(part: str) -> None:
     model = build(tied=False)

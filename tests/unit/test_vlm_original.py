@@ -239,6 +239,39 @@ def test_a_converted_folder_is_a_base(tmp_path: Path, kind: str) -> None:
         assert torch.isfinite(model(**asked).logits).all()
 
 
+def test_a_tokenizer_that_needs_remote_code_is_never_run(tmp_path: Path) -> None:
+    """InternLM2's is such; the processor then comes from elsewhere, as the 8B's must."""
+    source, weights = original_folder(tmp_path / "theirs", "internlm2")
+    convert_folder(source, tmp_path / "usual")
+    for file in source.glob("*token*"):
+        file.unlink()
+    settings = {
+        "tokenizer_class": "InternLM2Tokenizer",
+        "auto_map": {"AutoTokenizer": ["own.InternLM2Tokenizer", None]},
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass InternLM2Tokenizer: ...\n")
+    with pytest.raises(ValueError, match=r"(?s)its tokenizer cannot be read without remote code .*: name a processor"):
+        convert_folder(source, tmp_path / "ours")
+    convert_folder(source, tmp_path / "ours", processor=tmp_path / "usual")
+    assert not (tmp_path / "ran").exists()
+    state = load_backbone(tmp_path / "ours", dtype=torch.float32)[0].state_dict()
+    for name, tensor in by_hand(weights, "internlm2").items():
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/elsewhere.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, file: str) -> None:
+    source, _ = original_folder(tmp_path / "theirs", "qwen2")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {"language_model.lm_head.weight": file}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"it names '{file}', expected files of this folder alone"):
+        convert_folder(source, tmp_path / "ours")
+    with pytest.raises(ValueError, match="own folder, expected another one"):
+        convert_folder(source, source)
+
+
 def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type 'llava', expected 'internvl_chat'"):
         config_of({"model_type": "llava"}, 9)
