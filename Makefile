@@ -47,7 +47,7 @@ proof: $(STAMP)
 	$(BIN)/python -m pytest -m proof --proofs-to docs/proof
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks --to docs/bench
 
 lock: $(BIN)/python
 	@command -v uv > /dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv

@@ -1,24 +1,32 @@
-"""Runs the benchmarks: `python -m tests.benchmarks [NAME ...]`, all of them without a name.
+"""Runs the benchmarks: `python -m tests.benchmarks [--to FOLDER] [NAME ...]`, all of them without a name.
 
 Each module beside this one is a benchmark with `run() -> dict`: {"name", "what", "value", "unit", "bar",
-"higher_is_better", "holds", "rows": [every measured row]}. Written to runs/bench/NAME.json, and a table on the
-terminal; exit 1 where a bar is missed.
+"higher_is_better", "holds", "rows": [every measured row]}. Written to FOLDER/NAME.json with the code and the machine,
+and a table on the terminal; exit 1 where a bar is missed. `make bench` writes to docs/bench.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-OUT = Path("runs/bench")
+from workflows.runtime import code_version
 
 
-def main(names: list[str]) -> int:
+def processor() -> str:
+    """The processor's name as Linux has it; blank where it has none."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
+def main(names: list[str], to: Path) -> int:
     """0 if every bar holds, else 1."""
     known = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     unknown = sorted(set(names) - set(known))
@@ -26,11 +34,12 @@ def main(names: list[str]) -> int:
         print(f"no such benchmark: {', '.join(unknown)}; known: {', '.join(known) or 'none yet'}", file=sys.stderr)
         return 2
     table = Table("benchmark", "what", "value", "bar", "holds")
-    OUT.mkdir(parents=True, exist_ok=True)
+    to.mkdir(parents=True, exist_ok=True)
+    where = {"code": code_version(), "cores": os.cpu_count(), "cpu": processor()}
     holds = True
     for name in names or known:
         found = importlib.import_module(f"tests.benchmarks.{name}").run()
-        (OUT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (to / f"{name}.json").write_text(json.dumps(found | where, indent=1) + "\n", encoding="utf-8")
         holds &= bool(found["holds"])
         bar = f"{'>=' if found['higher_is_better'] else '<='} {found['bar']:g}"
         table.add_row(
@@ -41,4 +50,8 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Run the benchmarks.")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--to", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args()
+    sys.exit(main(options.names, options.to))

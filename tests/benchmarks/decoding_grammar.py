@@ -1,10 +1,13 @@
 """What the grammar costs: our loop with it and without it, over words, where both compute the whole head.
 
 The quickest turn of each side counts: other work on the machine only ever adds time, and more than what is measured.
+The median of the turns' ratios stands beside it. Nothing is asked for, so that every token is chosen under the grammar's
+longest list of what may not come.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -34,5 +37,6 @@ def run() -> dict[str, Any]:
         "bar": BAR,
         "higher_is_better": False,
         "holds": value <= BAR,
+        "median": statistics.median(row["with_grammar_s"] / row["without_s"] for row in rows),
         "rows": rows,
     }
