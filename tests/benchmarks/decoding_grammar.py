@@ -1,8 +1,8 @@
 """What the grammar costs: our loop with it and without it, over words, where both compute the whole head.
 
 The quickest turn of each side counts: other work on the machine only ever adds time, and more than what is measured.
-The median of the turns' ratios stands beside it. Nothing is asked for, so that every token is chosen under the grammar's
-longest list of what may not come.
+The median of the turns' ratios stands beside it. Nothing is asked for, so that every token is chosen under the
+grammar's longest list of what may not come.
 """
 
 from __future__ import annotations

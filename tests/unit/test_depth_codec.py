@@ -95,9 +95,12 @@ def test_at_full_size_no_code_flips_with_batch_order_or_threads(record_property:
 
 def test_encoding_ignores_autocast_and_refuses_half_precision(codec: DepthCodec) -> None:
     expected = codec.encode(maps(20))
+    logits_BNK = torch.randn(2, codec.tokens, codec.codes)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codec.encode(maps(20)), expected)
         assert codec.decode(expected).dtype == torch.float32
+        rough = codec.decode_soft(logits_BNK, 1.25)
+    torch.testing.assert_close(rough, codec.decode_soft(logits_BNK, 1.25), rtol=0, atol=0)
     codec.codebook.to(torch.bfloat16)
     with pytest.raises(TypeError, match=r"bfloat16, expected float32"):
         codec.encode(maps(1))

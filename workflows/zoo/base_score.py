@@ -21,6 +21,7 @@ from perceptio.rooms.questions import ask
 from perceptio.rooms.render import render_room
 from perceptio.rooms.room import Question
 from perceptio.vlm.backbone import load_backbone
+from workflows.zoo.aims import ANSWERS, aim
 from workflows.zoo.base_rooms import SIDE, box_answer
 
 HELD_OUT_SEED = 900
@@ -139,6 +140,11 @@ def write_card(out: Path, figures: Figures, runs: list[dict[str, float]]) -> Non
         "runs": runs,
     }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (out / "README.md").write_text(readme(out, figures, runs))
+
+
+def readme(out: Path, figures: Figures, runs: list[dict[str, float]]) -> str:
+    """The model card of the folder `out`."""
     rows = [
         f"| {kind} | {f['metric']} | {f['n']} | **{f['value']:.3f}** [{f['low']:.3f}, {f['high']:.3f}] "
         f"| {f['constant']:.3f} | {f['image_removed']:.3f} | [{f['gain_low']:+.3f}, {f['gain_high']:+.3f}] |"
@@ -151,10 +157,19 @@ def write_card(out: Path, figures: Figures, runs: list[dict[str, float]]) -> Non
     model, processor = load_backbone(out, dtype=torch.float32)
     parts = {"parameters": sum(p.numel() for p in model.parameters()) / 1e6, "tokens": len(processor.tokenizer)}
     again = f" and, {len(runs) - 1} time(s), `--more`" if len(runs) > 1 else ""
-    text = README.format(
-        rows="\n".join(rows), seed=HELD_OUT_SEED, side=SIDE, rooms=runs[-1]["rooms"], again=again, **parts, **total
+    aims = "\n".join(
+        aim(f"Accuracy of {kind}", float(figures[kind]["value"]), ANSWERS) for kind in ("attribute", "count")
     )
-    (out / "README.md").write_text(text)
+    return README.format(
+        rows="\n".join(rows),
+        seed=HELD_OUT_SEED,
+        side=SIDE,
+        rooms=runs[-1]["rooms"],
+        again=again,
+        aims=aims,
+        **parts,
+        **total,
+    )
 
 
 def _chat(processor: object, prompt: str) -> str:
@@ -232,6 +247,8 @@ these very questions (for boxes the mean box), and the model itself before a gre
 | questions | measure | n | value | constant | image removed | gain |
 |---|---|---|---|---|---|---|
 {rows}
+
+Aims. {aims}
 
 Rendered rooms are all it has seen: it says nothing of use about photographs. Licence: Apache-2.0, data and weights are
 the project's own.

@@ -34,6 +34,7 @@ from workflows.folders import local_copy, require
 from workflows.held_out import STEPS
 from workflows.logs import configure
 from workflows.store import open_root
+from workflows.zoo.aims import REFERRING_CIOU, aim
 
 RECIPE = "rooms_shipped"
 FIRST_SEED, FIRST_ROOMS, BATCH = 900, 24, 24
@@ -122,10 +123,23 @@ def readme(card: dict[str, Any]) -> str:
     rows = [_row(name.replace("_", " "), metric) for name, metric in metrics.items()]
     return CARD.format(
         rows="\n".join(rows),
+        aims=f"{aim('Referring cIoU', metrics['referring_ciou']['value'], REFERRING_CIOU)}\n{_kinds_apart(metrics)}",
         seed=card["held_out"]["seed"],
         scenes=card["held_out"]["scenes"],
         **{key: card[key] for key in ("recipe", "steps", "global_batch")},
     )
+
+
+def _kinds_apart(metrics: Metrics) -> str:
+    """Which kinds of question are answered better than by every blind guess, and which are not."""
+    kinds = sorted(name.removesuffix("_accuracy") for name in metrics if name.endswith("_accuracy"))
+    lost = []
+    for kind in kinds:
+        names = [n for n in metrics if n == f"{kind}_accuracy" or n.startswith(f"{kind}_accuracy_vs_")]
+        if kind != "code" and not all(metrics[name]["difference_low"] > 0 for name in names):
+            lost.append(kind.replace("_", " "))
+    verdict = f"missed by {', '.join(lost)}" if lost else "met"
+    return f"Every kind of question told apart from its blind guesses: {verdict}."
 
 
 def _row(label: str, metric: dict[str, Any]) -> str:
@@ -159,6 +173,8 @@ interval of the difference to the guess leaves out 0. Depth errors are in inv_de
 | figure | rooms | value | guess | told apart |
 |---|---|---|---|---|
 {rows}
+
+Aims. {aims}
 
 Rendered rooms are all it has seen: it says nothing of use about photographs. Licence: Apache-2.0, data and weights are
 the project's own.

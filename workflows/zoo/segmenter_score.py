@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceptio.segmentation.teacher import MaskTeacher
+from workflows.zoo.aims import BOX_MIOU, aim
 from workflows.zoo.segmenter_rooms import MIN_OBJECT_SHARE, Floats, box_of, click_on, example
 
 HELD_OUT_SEED = 900
@@ -122,4 +123,6 @@ the best blind baseline (the disc: best of {len(DISC_RADII)} radii, in shares of
 | prompt | mean IoU | blind | gain |
 |---|---|---|---|
 {rows}
+
+Aim. {aim("Mean IoU from a box", scores["box_prompt"]["miou"], BOX_MIOU)}
 """

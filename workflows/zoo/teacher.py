@@ -28,6 +28,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 from perceptio.depth.teacher import STEPS, DepthTeacher, TeacherMap, inv_depth_from_metric
 from perceptio.rooms.render import render_room
 from perceptio.train.optim import computes_bf16
+from workflows.zoo.aims import TEACHER_SHARE, aim
 from workflows.zoo.muon import Muon
 
 SIZE = 128
@@ -179,6 +180,7 @@ def write_card(out: Path, card: dict[str, Any]) -> None:
     """README.md and card.json beside the weights: what it is, how it was made, how good it is."""
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     held_out = card["held_out"]
+    share = held_out["mae"] / held_out["mean_map_mae"]
     lines = [
         "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: depth-estimation\n---\n",
         "# Depth teacher for rendered rooms\n",
@@ -189,6 +191,7 @@ def write_card(out: Path, card: dict[str, Any]) -> None:
         "| | MAE (lower is better) | delta < 1.25 (higher is better) |\n|---|---|---|",
         f"| this teacher | {held_out['mae']} | {held_out['delta1']} |",
         f"| mean training map (blind) | {held_out['mean_map_mae']} | {held_out['mean_map_delta1']} |\n",
+        f"Aim. {aim('Error, of the mean map', share, TEACHER_SHARE, at_most=True)}\n",
         f"Made by `{card['command']}` in {card['training_seconds']} s of one core's time.\n",
         f"```json\n{json.dumps(card, indent=2)}\n```",
     ]
