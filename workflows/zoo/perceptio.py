@@ -63,6 +63,7 @@ def main() -> None:
         "recipe": RECIPE,
         "model": require(root, "model", stage="train").digest,
         "steps": recipe.train.steps,
+        "training_seconds": require(root, "model", stage="train").seconds,
         "global_batch": recipe.train.global_batch,
         "held_out": held_out.model_dump(include={"seed", "size"}) | {"scenes": recipe.evaluate.limit},
         "metrics": report["metrics"],
@@ -126,6 +127,7 @@ def readme(card: dict[str, Any]) -> str:
         aims=f"{aim('Referring cIoU', metrics['referring_ciou']['value'], REFERRING_CIOU)}\n{_kinds_apart(metrics)}",
         seed=card["held_out"]["seed"],
         scenes=card["held_out"]["scenes"],
+        minutes=card["training_seconds"] / 60,
         **{key: card[key] for key in ("recipe", "steps", "global_batch")},
     )
 
@@ -165,10 +167,12 @@ its own. Stored in fp16.
 
     python -m workflows.zoo.perceptio --root runs/{recipe} --out perceptio/rooms/zoo/perceptio
 
-{steps} steps of {global_batch} samples by the recipe [`{recipe}`](../../../../workflows/recipes/{recipe}.yaml).
+{steps} steps of {global_batch} samples, {minutes:.0f} minutes on two cores, by the recipe
+[`{recipe}`](../../../../workflows/recipes/{recipe}.yaml).
 
-Held-out rooms: {scenes} of seed {seed}, with 95 % intervals over rooms. The last column says whether the paired
-interval of the difference to the guess leaves out 0. Depth errors are in inv_depth, in [0, 1].
+Held-out rooms: {scenes} of seed {seed}, asked once, after all choices were made, with 95 % intervals over rooms. The
+last column says whether the paired interval of the difference to the guess leaves out 0. Depth errors are in inv_depth,
+in [0, 1].
 
 | figure | rooms | value | guess | told apart |
 |---|---|---|---|---|
