@@ -9,9 +9,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from perceptio.data.images import encode_png
+from perceptio.metrics.masks import ciou, overlap
 from perceptio.rooms.questions import ask
 from perceptio.rooms.render import render_room
 from schemas.recipe_file import load_recipe
@@ -35,9 +37,20 @@ def test_without_training_the_shipped_model_answers(tmp_path: Path) -> None:
     finally:
         serve.stop()
     assert len(reply["masks"]) == len(asked.objects)
-    depth_HW = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply["depth"]["png"])))).astype(np.float64)
+    found_HW = np.any([_pixels(mask["png"]) > 0 for mask in reply["masks"]], axis=0)
+    true_HW = np.isin(room.instance_HW, asked.objects)
+    sizes = {k: int((room.instance_HW == k).sum()) for k in np.unique(room.instance_HW) if k > 0}
+    largest_HW = room.instance_HW == max(sizes, key=lambda k: sizes[k])
+    assert ciou(*overlap(found_HW, true_HW)) > max(0.5, ciou(*overlap(largest_HW, true_HW))), (
+        "the mask must be of what was asked"
+    )
+    depth_HW = _pixels(reply["depth"]["png"]).astype(np.float64)
     closeness = np.corrcoef(depth_HW.ravel(), -room.depth_HW.ravel())[0, 1]
     assert closeness > 0.5, "the depth map must follow the room's"
+
+
+def _pixels(png: str) -> npt.NDArray[np.generic]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
 
 
 def _free_port() -> int:
