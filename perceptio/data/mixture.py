@@ -4,11 +4,8 @@ A position is the number of a sample in the run's one global order; a global bat
 Position p belongs to stream p mod C, and streams, not workers, own the order: worker r of W serves the streams
 [r C/W, (r+1) C/W), so the sequence of global batches is the same for every W that divides C.
 
-Which source (`_Table`). Weights are rounded to whole counts n_s of a period of P draws. A table of P rows x C columns
-(streams) holds the source of C P positions and repeats. Its rows are filled by earliest deadline first, which keeps
-every source within one draw of its share after each row (Baruah et al. 1996). Each source's draws are then cut into
-rounds of C, and the draws of a round are given to C different streams: rows and rounds form a C-regular bipartite
-graph, and such a graph splits into C perfect matchings (Koenig), one a stream. Hence, with share f_s = n_s / P,
+Which source (`Period`). A table of P rows and C columns holds the source of C P positions and repeats, while weights
+stay what they are (`Phases`). With share f_s = n_s / P, and counted from where a phase begins,
 
     |draws of s among the first n of one stream  -  f_s n| < 1    for every n,
     |draws of s among the first n positions      -  f_s n| < 1    for every multiple n of C, so for every global batch,
@@ -34,14 +31,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
-Ints = npt.NDArray[np.int64]
-LONGEST_PERIOD = 1024
-ROUNDING = 0.001  # relative error of a share at which a shorter period is good enough
-WORST_ROUNDING = 0.05  # relative error of a share above which the weights are refused
+from perceptio.data.period import Ints, period_counts
+from perceptio.data.phases import Phase, Phases
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,14 @@ class MixtureSource:
     weight: float
     row_groups: Sequence[int]
     digest: str = ""  # of its table: another table is another mixture
+    max_passes: int | None = None  # over its rows, after which the others share its place
+
+
+class WeightChange(NamedTuple):
+    """From global batch `step` on the sources have these weights; 0 leaves a source out."""
+
+    step: int
+    weights: tuple[float, ...]
 
 
 class Slot(NamedTuple):
@@ -71,26 +71,50 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Sequence[MixtureSource], *, seed: int, streams: int, global_batch: int, window: int = 2
+        self,
+        sources: Sequence[MixtureSource],
+        *,
+        seed: int,
+        streams: int,
+        global_batch: int,
+        window: int = 2,
+        changes: Sequence[WeightChange] = (),
     ) -> None:
         _check(sources, streams, global_batch, window)
+        _check_changes(sources, changes)
         self.sources, self.seed, self.streams = tuple(sources), seed, streams
         self.global_batch, self.window = global_batch, window
-        self.counts = period_counts([source.weight for source in sources])
-        self._table = _Table(self.counts, streams)
-        self._orders = [_Order(s, i, seed, self._table, window) for i, s in enumerate(self.sources)]
+        self.counts = period_counts([source.weight for source in sources])  # until the first change
+        weights = [(0, [source.weight for source in sources])]
+        weights += [(change.step * global_batch, list(change.weights)) for change in changes]
+        limits = [None if s.max_passes is None else s.max_passes * sum(s.row_groups) for s in sources]
+        self.phases = Phases(weights, limits, streams)
+        self._orders = [_Order(s, i, seed, self.phases, window) for i, s in enumerate(self.sources)]
 
     def at(self, position: int) -> Slot:
-        """The sample at a position; the same for ever, at the same cost for every position >= 0."""
-        if position < 0:
-            raise ValueError(f"position: got {position}, expected 0 or more")
-        row, stream = divmod(position, self.streams)
-        turn, row = divmod(row, self._table.period)
-        source = int(self._table.source_PC[row, stream])
-        count = self.counts[source]
-        draw = turn * count * self.streams + int(self._table.draw_PC[row, stream])
-        own = turn * count + int(self._table.own_PC[row, stream])
+        """The sample at a position; the same for ever, at the same cost for every position >= 0.
+
+        Raises ValueError below 0, and behind the end of a mixture whose sources are all spent.
+        """
+        end = self.phases.end
+        if position < 0 or (end is not None and position >= end):
+            raise ValueError(
+                f"position: got {position}, expected 0 or more{f', below {end}' if end is not None else ''}"
+            )
+        phase = self.phases.at(position)
+        table = phase.table
+        row, stream = divmod(position - phase.first, self.streams)
+        turn, row = divmod(row, table.rows)
+        source = int(table.source_PC[row, stream])
+        each = len(table.streams_of[source])  # draws of a turn
+        draw = int(phase.drawn_S[source]) + turn * each + int(table.draw_PC[row, stream])
+        own = int(phase.own_SC[source, stream]) + turn * (each // self.streams) + int(table.own_PC[row, stream])
         return Slot(source, *self._orders[source].row(draw, stream, own))
+
+    @property
+    def steps(self) -> int | None:
+        """How many whole global batches there are before every source is spent; None where they never end."""
+        return None if self.phases.end is None else self.phases.end // self.global_batch
 
     def positions_of(self, step: int, rank: int, world: int) -> list[int]:
         """The positions of global batch `step` that worker `rank` of `world` trains on, in order.
@@ -112,8 +136,9 @@ class Mixture:
 
     @property
     def shares(self) -> list[float]:
-        """The share of each source after rounding: realised shares follow it within the bounds given above."""
-        return [count / self._table.period for count in self.counts]
+        """The share of each source after rounding, until the first change: realised shares follow it within the bounds
+        given above."""
+        return [count / sum(self.counts) for count in self.counts]
 
     @property
     def digest(self) -> str:
@@ -121,7 +146,12 @@ class Mixture:
         parts = [f"1 {self.seed} {self.streams} {self.global_batch} {self.window}".encode()]
         for source in self.sources:
             parts += [source.name.encode(), source.digest.encode(), np.asarray(source.row_groups, "<i8").tobytes()]
-        parts += [self._table.source_PC.astype("<i4").tobytes()]
+        first, *later = self.phases.found
+        parts += [first.table.source_PC.astype("<i4").tobytes()]
+        for phase in later:
+            parts += [str(phase.first).encode(), phase.table.source_PC.astype("<i4").tobytes()]
+        if self.phases.end is not None:
+            parts += [str(self.phases.end).encode()]
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()[:16]
 
     def state(self, position: int) -> dict[str, int | str]:
@@ -140,94 +170,26 @@ class Mixture:
         return position // self.global_batch
 
     def describe(self) -> str:
-        """The period table, one line a source: what was asked for, and what stands in every period."""
-        asked = math.fsum(source.weight for source in self.sources)
-        lines = [f"a period of {self._table.period} draws in each of {self.streams} streams:"]
-        for source, count, share in zip(self.sources, self.counts, self.shares, strict=True):
-            lines.append(
-                f"  {source.name}: {count} of {self._table.period} = {share:.4f} (asked {source.weight / asked:.4f}), "
-                f"{sum(source.row_groups)} rows in {len(source.row_groups)} row groups"
-            )
+        """The period table of each phase, one line a source: what was asked for, and what stands in every period."""
+        lines = []
+        for phase in self.phases.found:
+            lines += self._described(phase)
+        if self.phases.end is not None:
+            lines.append(f"all sources are spent after {self.steps} global batches")
         return "\n".join(lines)
 
-
-def period_counts(weights: Sequence[float]) -> list[int]:
-    """Whole draws of each source in one period: the shortest period that holds every share within ROUNDING.
-
-    Raises ValueError if no period up to LONGEST_PERIOD holds them all within WORST_ROUNDING.
-    """
-    share = np.asarray(weights, np.float64) / math.fsum(weights)
-    best, error = np.ones(len(share), np.int64), math.inf
-    for period in range(len(share), LONGEST_PERIOD + 1):
-        counts = np.maximum(np.floor(share * period + 1e-9).astype(np.int64), 1)
-        left = period - int(counts.sum())
-        counts[np.argsort(counts - share * period, kind="stable")[: max(left, 0)]] += 1  # largest remainders
-        worst = float(np.max(np.abs(counts / counts.sum() / share - 1)))
-        if worst < error - 1e-12:
-            best, error = counts, worst
-        if error <= ROUNDING:
-            break
-    if error > WORST_ROUNDING:
-        rare = int(np.argmin(share))
-        raise ValueError(
-            f"weights: the smallest, {weights[rare]}, is a share of {share[rare]:.2g}, which no period of up to "
-            f"{LONGEST_PERIOD} draws holds within {WORST_ROUNDING:.0%}: raise it, or leave that source out"
-        )
-    divisor = math.gcd(*best.tolist())
-    return [int(count) // divisor for count in best]
-
-
-class _Table:
-    """The repeating table of sources, and for each of its cells how many draws of that source came before it."""
-
-    def __init__(self, counts: Sequence[int], streams: int) -> None:
-        self.period = sum(counts)
-        self.source_PC = _deal(_earliest_deadline_first(counts, streams), counts)
-        self.draw_PC = np.zeros((self.period, streams), np.int64)  # in all streams, in order of position
-        self.own_PC = np.zeros((self.period, streams), np.int64)  # in this stream
-        self.streams_of: list[Ints] = []  # the stream of each draw of a source, in order of position
-        for source in range(len(counts)):
-            here = self.source_PC == source
-            self.draw_PC[here] = np.arange(here.sum())
-            self.own_PC[here] = (np.cumsum(here, axis=0) - 1)[here]
-            self.streams_of.append(np.nonzero(here)[1])
-
-    def draws_before(self, source: int, draw: int) -> Ints:
-        """How many of the first `draw` draws of a source fall to each stream: [C]."""
-        streams = self.streams_of[source]
-        turns, rest = divmod(draw, len(streams))
-        columns = self.source_PC.shape[1]
-        before_C: Ints = np.bincount(streams[:rest], minlength=columns) + turns * (len(streams) // columns)
-        return before_C
-
-
-def _earliest_deadline_first(counts: Sequence[int], streams: int) -> Ints:
-    """How often each source is drawn in each row: [P, S]; after every row each is within one draw of its share."""
-    period, done = sum(counts), [0] * len(counts)
-    drawn = np.zeros((period, len(counts)), np.int64)
-    for slot in range(period * streams):
-        released = [s for s, n in enumerate(counts) if done[s] * period < n * (slot + 1)]
-        source = min(released, key=lambda s: (-(-(done[s] + 1) * period // counts[s]), s))
-        done[source] += 1
-        drawn[slot // streams, source] += 1
-    return drawn
-
-
-def _deal(drawn_PS: Ints, counts: Sequence[int]) -> Ints:
-    """The source of each cell: [P, C]; the draws of each round of a source go to different streams."""
-    period = len(drawn_PS)
-    streams = int(drawn_PS[0].sum())
-    first_round = np.cumsum([0, *counts])
-    edges_PP = np.zeros((period, period), np.int32)  # rows x rounds, rounds of all sources one after another
-    for source in range(len(counts)):
-        rows = np.repeat(np.arange(period), drawn_PS[:, source])
-        np.add.at(edges_PP, (rows, first_round[source] + np.arange(len(rows)) // streams), 1)
-    source_PC = np.empty((period, streams), np.int64)
-    for stream in range(streams):
-        rounds = maximum_bipartite_matching(csr_array(edges_PP), perm_type="column")
-        source_PC[:, stream] = np.searchsorted(first_round, rounds, side="right") - 1
-        edges_PP[np.arange(period), rounds] -= 1
-    return source_PC
+    def _described(self, phase: Phase) -> list[str]:
+        asked, rows = math.fsum(phase.weights), phase.table.rows
+        since = f"from position {phase.first}, " if phase.first else ""
+        lines = [f"{since}a period of {rows} draws in each of {self.streams} streams:"]
+        for number, source in enumerate(self.sources):
+            count = len(phase.table.streams_of[number]) / self.streams
+            lines.append(
+                f"  {source.name}: {count:g} of {rows} = {count / rows:.4f} (asked"
+                f" {phase.weights[number] / asked:.4f}), {sum(source.row_groups)} rows in"
+                f" {len(source.row_groups)} row groups"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -243,12 +205,12 @@ class _Pass:
 class _Order:
     """The order in which one source's rows are drawn."""
 
-    def __init__(self, source: MixtureSource, index: int, seed: int, table: _Table, window: int) -> None:
+    def __init__(self, source: MixtureSource, index: int, seed: int, phases: Phases, window: int) -> None:
         self._rows_G = np.asarray(source.row_groups, np.int64)
         self._rows = int(self._rows_G.sum())
-        self._index, self._table, self._window = index, table, window
+        self._index, self._phases, self._window = index, phases, window
         self._key = int.from_bytes(hashlib.sha256(f"{seed} {index} {source.name}".encode()).digest()[:8], "little")
-        streams = table.source_PC.shape[1]
+        streams = phases.streams
         self._pass = lru_cache(maxsize=4)(self._make_pass)
         self._inside = lru_cache(maxsize=2 * streams)(_shuffled)
 
@@ -271,8 +233,8 @@ class _Order:
     def _make_pass(self, number: int) -> _Pass:
         order_G = _shuffled(_mix(self._key + number, -1), len(self._rows_G))
         offset_G1 = np.concatenate([[0], np.cumsum(self._rows_G[order_G])])
-        before_C = self._table.draws_before(self._index, number * self._rows)
-        after_C = self._table.draws_before(self._index, (number + 1) * self._rows)
+        before_C = self._phases.draws_before(self._index, number * self._rows)
+        after_C = self._phases.draws_before(self._index, (number + 1) * self._rows)
         return _Pass(order_G, offset_G1, before_C, np.concatenate([[0], np.cumsum(after_C - before_C)]))
 
 
@@ -296,6 +258,8 @@ def _check(sources: Sequence[MixtureSource], streams: int, global_batch: int, wi
     for source in sources:
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise ValueError(f"weight of source '{source.name}': got {source.weight}, expected a positive number")
+        if source.max_passes is not None and source.max_passes < 1:
+            raise ValueError(f"max_passes of source '{source.name}': got {source.max_passes}, expected at least 1")
         if not source.row_groups or min(source.row_groups) < 1:
             raise ValueError(
                 f"row groups of source '{source.name}': got {list(source.row_groups)[:8]}, expected at least one, each "
@@ -306,3 +270,14 @@ def _check(sources: Sequence[MixtureSource], streams: int, global_batch: int, wi
             f"global_batch {global_batch}, streams {streams}, window {window}: expected positive numbers, "
             "and a global batch that is a multiple of the streams"
         )
+
+
+def _check_changes(sources: Sequence[MixtureSource], changes: Sequence[WeightChange]) -> None:
+    for before, change in zip([0, *(change.step for change in changes)], changes, strict=False):
+        if change.step <= before:
+            raise ValueError(f"changes of weights: step {change.step} comes after step {before}, expected rising steps")
+        weights = change.weights
+        if len(weights) != len(sources) or not any(weights) or not all(math.isfinite(w) and w >= 0 for w in weights):
+            raise ValueError(
+                f"weights from step {change.step}: got {weights}, expected {len(sources)} numbers from 0, not all 0"
+            )
