@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from schemas.mixture import MixtureEntry as MixtureEntry
 from schemas.section import Positive as Positive
 from schemas.section import Section as Section
 from schemas.section import Share, Weight
@@ -21,7 +22,6 @@ from schemas.sources import RoomsSource as RoomsSource
 from schemas.sources import Source as Source
 from schemas.study import StudyArm as StudyArm
 from schemas.study import StudyRecipe as StudyRecipe
-from schemas.training import MixtureEntry as MixtureEntry
 from schemas.training import ModelRecipe as ModelRecipe
 from schemas.training import TrainRecipe as TrainRecipe
 

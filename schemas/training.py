@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from schemas.mixture import MixtureEntry, WeightChange
 from schemas.section import Positive, Section, Share, Weight
 
 SpatialName = Literal["seg", "depth_start", "code", "depth_end"]
@@ -84,28 +85,6 @@ class LossWeights(Section):
         return self
 
 
-class MixtureEntry(Section):
-    """One task set of the mixture."""
-
-    source: str = Field(description="name of a source of this recipe")
-    weight: Annotated[float, Field(gt=0)]
-    kinds: tuple[str, ...] = Field(default=(), description="kinds of turns used; [] = all, or none for depth-only")
-    segmentation: bool = Field(description="write [SEG] tokens where the record has masks")
-    boxes: Annotated[int, Field(ge=2)] | None = Field(
-        default=None,
-        description="what masks would answer is asked as `Where is EXPRESSION?` and answered by boxes in words,"
-        " [[x0, y0, x1, y1]] in so many parts of a side (InternVL's own: 1000)",
-    )
-    depth: bool = Field(description="write the depth block")
-    max_turns: Annotated[int, Field(ge=0)] = 1
-
-    @model_validator(mode="after")
-    def _one_answer(self) -> MixtureEntry:
-        if self.segmentation and self.boxes is not None:
-            raise ValueError(f"segmentation is true and boxes is {self.boxes}: an expression has one kind of answer")
-        return self
-
-
 class TrainRecipe(Section):
     workers: Positive
     allowed_workers: tuple[Positive, ...] = (1, 2, 4, 8)
@@ -154,6 +133,14 @@ class TrainRecipe(Section):
     )
     streams: Positive = Field(description="canonical streams of the mixture, C")
     mixture: tuple[MixtureEntry, ...]
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="the mixture's weights come from its sources' sizes, rows ** (1 / temperature): 1 is in proportion,"
+        " more is evener; then no entry has a weight of its own",
+    )
+    schedule: tuple[WeightChange, ...] = Field(
+        default=(), description="other weights from some step on; the mixture's own stand until the first of them"
+    )
     losses: LossWeights
 
     @model_validator(mode="after")
@@ -171,4 +158,31 @@ class TrainRecipe(Section):
                 f"micro_batch {self.micro_batch} does not divide the {self.global_batch // self.workers}"
                 f" samples of one worker (global_batch {self.global_batch} / workers {self.workers})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights(self) -> TrainRecipe:
+        names = [entry.called for entry in self.mixture]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"mixture: entries are named twice: {doubled}; give each a `name` of its own")
+        own = [entry.called for entry in self.mixture if entry.weight is not None]
+        if self.temperature is not None and own:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, and {own} have weights too: leave out one of the two"
+            )
+        if self.temperature is None and len(own) < len(names):
+            lost = [name for name in names if name not in own]
+            raise ValueError(f"mixture: {lost} have no weight, expected one each, or a `temperature` for all")
+        for before, change in zip((0, *(change.step for change in self.schedule)), self.schedule, strict=False):
+            if not before < change.step < self.steps:
+                raise ValueError(
+                    f"schedule: step {change.step} comes after step {before} of {self.steps}, expected rising steps"
+                )
+            if change.weights.keys() != set(names):
+                raise ValueError(
+                    f"schedule: the weights from step {change.step} name {sorted(change.weights)}, expected each of"
+                    f" {sorted(names)}; 0 leaves one out"
+                )
+            if not any(change.weights.values()):
+                raise ValueError(f"schedule: the weights from step {change.step} are all 0, expected one above")
         return self

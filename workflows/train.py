@@ -22,12 +22,12 @@ from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from perceptio.data.mixture import Mixture, MixtureSource
+from perceptio.data.mixture import Mixture
 from perceptio.data.shards import SampleTable
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.segmentation.sam2_image import preprocess
 from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
-from perceptio.train.feed import Feed
+from perceptio.train.feed import Feed, mixture_of
 from perceptio.train.optim import computes_bf16, deepspeed_config, optimizer_and_schedule, settled_precision
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
@@ -51,6 +51,10 @@ def run(recipe: Recipe) -> None:
         require_same("model", standing.inputs, made_from)
         log.info("model: complete")
         return
+    try:
+        log.info("mixture: %s", _mixture(recipe)[1].describe())
+    except ValueError as error:
+        raise StageError(f"train: {error}") from error
     runtime.start(recipe)
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     train = recipe.train
@@ -136,7 +140,7 @@ def _work(config: dict[str, Any]) -> None:
     model.codec.to(engine.device)
     step = _resume(engine, feed.mixture)
     steps = TrainLog(root, config["run"], step) if rank == 0 else None
-    sources = [entry.source for entry in train.mixture]
+    sources = [entry.called for entry in train.mixture]
     for batches in feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch):
         torch.manual_seed(_mixed(recipe.seed, step, rank))  # dropout: a resumed step draws what it would have drawn
         rate = float(schedule.get_last_lr()[0])
@@ -170,18 +174,15 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
     return model, processor
 
 
+def _mixture(recipe: Recipe) -> tuple[list[SampleTable], Mixture]:
+    """The tables of the mixture's entries, and the mixture."""
+    tables = [SampleTable.open(recipe.root, entry.source) for entry in recipe.train.mixture]
+    return tables, mixture_of(recipe.train, tables, seed=recipe.seed)
+
+
 def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: Any, world: int) -> Feed:
     train = recipe.train
-    tables = [SampleTable.open(recipe.root, entry.source) for entry in train.mixture]
-    mixture = Mixture(
-        [
-            MixtureSource(entry.source, entry.weight, table.rows_per_group, table.manifest.digest)
-            for entry, table in zip(train.mixture, tables, strict=True)
-        ],
-        seed=recipe.seed,
-        streams=train.streams,
-        global_batch=train.global_batch,
-    )
+    tables, mixture = _mixture(recipe)
     for table in tables:
         table.cached = mixture.row_groups_in_use(world)
     return Feed(

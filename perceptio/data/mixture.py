@@ -238,6 +238,14 @@ class _Order:
         return _Pass(order_G, offset_G1, before_C, np.concatenate([[0], np.cumsum(after_C - before_C)]))
 
 
+def weights_by_size(rows: Sequence[float], temperature: float) -> list[float]:
+    """rows ** (1 / temperature), as shares that add up to 1 (as in mT5, Xue et al. 2020)."""
+    powers = [math.log(count) / temperature for count in rows]
+    least = max(powers)  # so that no power overflows
+    found = [math.exp(power - least) for power in powers]
+    return [weight / math.fsum(found) for weight in found]
+
+
 def _shuffled(key: int, count: int) -> Ints:
     """A permutation of range(count) fixed by `key`: by hashes of our own, since numpy's streams may change."""
     with np.errstate(over="ignore"):

@@ -8,11 +8,41 @@ from dataclasses import dataclass
 from typing import Any
 
 from perceptio.data.collator import Batch, Item, Preprocess, collate, count_image_tokens, load_item
-from perceptio.data.mixture import Mixture
+from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
 from perceptio.data.shards import SampleTable
 from perceptio.data.template import render
 from perceptio.vocabulary import SpatialVocabulary
-from schemas.recipe import MixtureEntry
+from schemas.recipe import MixtureEntry, TrainRecipe
+
+
+def mixture_of(train: TrainRecipe, tables: Sequence[SampleTable], *, seed: int) -> Mixture:
+    """The recipe's mixture over the tables of its entries.
+
+    Raises ValueError where it ends before the recipe's steps do, each of its entries read `max_passes` times.
+    """
+    weights = [entry.weight for entry in train.mixture]
+    if train.temperature is not None:
+        sizes = [entry.repeats * len(table) for entry, table in zip(train.mixture, tables, strict=True)]
+        weights = list(weights_by_size(sizes, train.temperature))
+    mixture = Mixture(
+        [
+            MixtureSource(entry.called, weight or 0.0, table.rows_per_group, table.manifest.digest, entry.max_passes)
+            for entry, table, weight in zip(train.mixture, tables, weights, strict=True)
+        ],
+        seed=seed,
+        streams=train.streams,
+        global_batch=train.global_batch,
+        changes=[
+            WeightChange(change.step, tuple(change.weights[entry.called] for entry in train.mixture))
+            for change in train.schedule
+        ],
+    )
+    if mixture.steps is not None and mixture.steps < train.steps:
+        raise ValueError(
+            f"train.steps is {train.steps}, but the mixture ends after {mixture.steps} global batches of"
+            f" {train.global_batch}, when every source was read max_passes times: lower steps, or raise max_passes"
+        )
+    return mixture
 
 
 @dataclass(frozen=True)
