@@ -23,7 +23,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from perceptio.data.mixture import Mixture
-from perceptio.data.shards import SampleTable
+from perceptio.data.shards import SampleTable, ShardError
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.segmentation.sam2_image import preprocess
 from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
@@ -53,7 +53,7 @@ def run(recipe: Recipe) -> None:
         return
     try:
         log.info("mixture: %s", _mixture(recipe)[1].describe())
-    except ValueError as error:
+    except (ValueError, ShardError) as error:
         raise StageError(f"train: {error}") from error
     runtime.start(recipe)
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
