@@ -122,6 +122,10 @@ class TrainRecipe(Section):
         default="auto", description="of the published weights; auto: as they were trained"
     )
     max_failures: Annotated[int, Field(ge=0)] = 1
+    max_skipped_steps: Positive = Field(
+        default=3,
+        description="in a row, their gradients not finite, after which the run stops and names their samples",
+    )
     code_noise: Share = Field(
         description="share of the depth codes that are read as random ones, so that the next one depends on the image"
         " and not on the last ones alone (reconstruction; 0 in the lineage)"

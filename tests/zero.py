@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Run:
     shares: tuple[tuple[Micro, ...], ...]
     packed_to: int | None = None
     bf16: bool = False
+    spoilt: bool = False  # rank 0's pixels are no numbers in the first step
     lineage: bool = False  # LoRA, and what else trains by default; an untied Llama
 
 
@@ -79,6 +81,7 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
         "zero_optimization": {"stage": run.stage, "stage3_param_persistence_threshold": 0},  # cut small weights too
         "bf16": {"enabled": run.bf16},
         "data_types": {"grad_accum_dtype": "fp32"} if run.bf16 else {},
+        "gradient_clipping": 1e6,  # a run always clips: where it does not, DeepSpeed does not look at the norm
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -86,7 +89,13 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=RATE)
     engine: Any
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
-    reports = [train_step(engine, batches, [entry.source for entry in ENTRIES]) for _ in range(STEPS)]
+    sources = [entry.source for entry in ENTRIES]
+    if run.spoilt:
+        nan = float("nan") if dist.get_rank() == 0 else 1.0
+        spoilt = [dataclasses.replace(batch, pixel_values=batch.pixel_values * nan) for batch in batches]
+        skipped = train_step(engine, spoilt, sources).skipped
+        assert set(skipped) == {f"{number:016x}" for micro in run.shares[0] for number, _ in micro.samples}, skipped
+    reports = [train_step(engine, batches, sources) for _ in range(STEPS)]
     found = {
         "losses": torch.tensor([[report.loss, *report.terms.values()] for report in reports]),
         "gradient_norms": torch.tensor([report.gradient_norm for report in reports]),

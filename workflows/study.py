@@ -189,6 +189,7 @@ def _place(arm: StudyArm, seed: int) -> tuple[str, str]:
 def _curves(root: Root) -> dict[str, list[float]]:
     """The training's losses and gradient norm, means of EVERY steps; {} where no log is kept."""
     lines = read_metrics(root, json.loads(root.read("model", "perceptio.json") or b"{}")["run"])
+    lines = [line for line in lines if not line.get("skipped")]
     parts = [lines[i : i + EVERY] for i in range(0, len(lines), EVERY)]
     if not parts:
         return {}

@@ -141,17 +141,24 @@ def _work(config: dict[str, Any]) -> None:
     step = _resume(engine, feed.mixture)
     steps = TrainLog(root, config["run"], step) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
+    skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last
     for batches in feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch):
         torch.manual_seed(_mixed(recipe.seed, step, rank))  # dropout: a resumed step draws what it would have drawn
         rate = float(schedule.get_last_lr()[0])
         report = train_step(engine, batches, sources)
         step += 1
+        skipped = [*skipped, report.skipped] if report.skipped else []
         if steps is not None:
             steps.add(step, report, rate)
         if step % train.checkpoint_every == 0 or step == train.steps:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here
             _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
+        if len(skipped) == train.max_skipped_steps:
+            raise FloatingPointError(
+                f"steps {step - len(skipped)} to {step - 1} were all skipped, their gradients not finite; samples"
+                f" {skipped}: look at these, or lower the learning rates"
+            )
     made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
     _publish(recipe, root, made, engine, model, processor, rank)
 

@@ -42,7 +42,10 @@ class TrainLog:
         """Adds the report of `step` (counted from 1)."""
         seconds = round(self.before + time.monotonic() - self.began, 3)
         line = {"step": step, "seconds": seconds, "learning_rate": learning_rate}
-        self.lines.append(line | dataclasses.asdict(report))
+        said = dataclasses.asdict(report)
+        if report.skipped:  # JSON knows no NaN
+            said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}
+        self.lines.append(line | said)
         if time.monotonic() >= self.next_write:
             self.write()
 
@@ -80,7 +83,7 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
         TextColumn("{task.completed} of {task.total} steps, {task.fields[note]}"),
     )
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-    task = bar.add_task("train", total=steps, note="starting")
+    task, told = bar.add_task("train", total=steps, note="starting"), 0
     if console.is_terminal:
         bar.start()
     try:
@@ -88,7 +91,15 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
             lines = read_metrics(root, run)
             if not lines:
                 continue
-            last = lines[-1]
+            for line in lines:
+                if line.get("skipped") and line["step"] > told:
+                    said_of = line["step"], ", ".join(line["skipped"])
+                    log.warning("train: step %d was skipped, its gradient not finite; samples %s", *said_of)
+            told = lines[-1]["step"]
+            taken = [line for line in lines if line["loss"] is not None]
+            if not taken:
+                continue
+            last = taken[-1] | {"step": told}
             terms = ", ".join(f"{name} {value:.3g}" for name, value in last["terms"].items())
             bar.update(task, completed=last["step"], note=f"loss {last['loss']:.3f}")
             if not console.is_terminal and time.monotonic() - said > LOG_EVERY_S:

@@ -29,10 +29,11 @@ _KINDS = {"text": LossKind.TEXT, "marker": LossKind.MARKER, "token": LossKind.TO
 class StepReport:
     """What a step over one global batch found; the same on every rank."""
 
-    loss: float
+    loss: float  # no finite number where the step was skipped, or nearly so
     terms: dict[str, float]  # unweighted, over the whole global batch; one that no sample has a part of is left out
     by_source: dict[str, dict[str, float]]  # the same, per data set
     gradient_norm: float
+    skipped: tuple[str, ...] = ()  # samples that may have made loss or gradient no number, so that nothing was learnt
 
 
 class Objective(nn.Module):
@@ -144,32 +145,36 @@ def counts_by_source(batches: Sequence[Batch], sources: int) -> Tensor:
 def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) -> StepReport:
     """The report of one optimizer step over a global batch, of which `batches` are this rank's micro-batches.
 
-    Raises FloatingPointError, on every rank, where the loss or its gradient is not finite: DeepSpeed leaves such a step
-    out in silence, and a run of nothing else would end with the weights that it began with.
+    Where the gradient is not finite DeepSpeed leaves the step out, in silence: weights, optimizer and schedule stay, and
+    the report names the samples of the micro-batches whose loss is no number, or of all where each is one.
     """
     world, objective = dist.get_world_size(), engine.module
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
     counts_C = counts_QC.sum(0)
-    sums_QC = torch.zeros_like(counts_QC)
+    sums_QC, spoilt = torch.zeros_like(counts_QC), []
     for batch in batches:
         loss, sums = engine(batch.to(engine.device), counts_C)
         # DeepSpeed takes the mean over ranks and micro-batches; the loss is a share of a sum already
         engine.backward(loss * world * len(batches))
         engine.step()
         sums_QC += sums
+        if not torch.isfinite(loss):
+            spoilt += batch.sample_ids
     dist.all_reduce(sums_QC)
     terms = _means(sums_QC.sum(0), counts_C, objective.weights)
     by_source = {name: _means(sums_QC[q], counts_QC[q], objective.weights) for q, name in enumerate(sources)}
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
-    norm = float(engine.get_global_grad_norm() or 0.0)
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        seen = [name for batch in batches for name in batch.sample_ids]
-        raise FloatingPointError(
-            f"the loss is {total}, the gradient's norm {norm}, expected finite numbers; terms {terms}, samples of this"
-            f" rank {seen}: lower the learning rates, or look at these samples"
-        )
-    return StepReport(total, terms, by_source, norm)
+    if engine.was_step_applied():
+        return StepReport(total, terms, by_source, float(engine.get_global_grad_norm() or 0.0))
+    names = _of_all_ranks(spoilt) or _of_all_ranks([name for batch in batches for name in batch.sample_ids])
+    return StepReport(total, terms, by_source, math.nan, skipped=tuple(names))
+
+
+def _of_all_ranks(names: list[str]) -> list[str]:
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, names)
+    return [name for part in found for name in part]
 
 
 def _means(sums_C: Tensor, counts_C: Tensor, weights: LossWeights) -> dict[str, float]:

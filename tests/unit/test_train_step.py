@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,21 +205,34 @@ class Engine:
     def step(self) -> None:
         pass
 
+    def was_step_applied(self) -> bool:
+        return bool(np.isfinite(self.get_global_grad_norm()))
+
     def get_global_grad_norm(self) -> float:
         return float(torch.cat([p.grad.flatten() for p in self.module.parameters() if p.grad is not None]).norm())
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_samples(parts: Any, tmp_path: Path) -> None:
+def test_a_step_that_is_skipped_names_the_samples_whose_loss_is_no_number(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = copy.deepcopy(parts[0])
-    batch, sources = batch_of(parts, MIXED), [entry.source for entry in ENTRIES]
+    sources = [entry.source for entry in ENTRIES]
+    batch, other = (batch_of(parts, numbers) for numbers in (MIXED[:2], MIXED[2:]))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         engine = Engine(Objective(model, WEIGHTS, len(ENTRIES)))
-        assert train_step(engine, [batch], sources).gradient_norm > 0
-        with torch.no_grad():
-            model.lm_head.weight[0, 0] = float("nan")
-        with pytest.raises(FloatingPointError, match=rf"the loss is nan.*rank \['{batch.sample_ids[0]}'"):
-            train_step(engine, [batch], sources)
+        report = train_step(engine, [batch, other], sources)
+        assert report.gradient_norm > 0 and report.skipped == ()
+        spoilt = dataclasses.replace(other, pixel_values=other.pixel_values * float("nan"))
+        assert train_step(engine, [batch, spoilt], sources).skipped == other.sample_ids
+        model.zero_grad()
+        norms = iter([float("inf")])
+        monkeypatch.setattr(Engine, "get_global_grad_norm", lambda _: next(norms))
+        all_of_them = train_step(engine, [batch, other], sources)
+        assert all_of_them.skipped == (*batch.sample_ids, *other.sample_ids), (
+            "each loss is a number, the gradient is not"
+        )
+        assert np.isfinite(all_of_them.loss)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -29,6 +29,7 @@ GLOBAL_BATCHES = {
     "images beside none": (Micro(((0, BOTH), (2, BOTH))), Micro(((1, WORDS), (3, WORDS)), images=False)),
 }
 IN_BF16 = "masks and depth beside words"
+SPOILT = "masks beside depth"
 LINEAGE = "masks beside depth"
 LINEAGE_PARTS = (".multi_modal_projector.", ".embed_tokens.", ".lora_A.", ".lora_B.", "lm_head.", ".sam_mask_decoder.")
 PARTS = (".vision_tower.", ".multi_modal_projector.", ".embed_tokens.", ".layers.", ".projector.", ".sam_mask_decoder.")
@@ -48,6 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         together += [Run(f"{name}-{how}-{stage}", stage, split, packed_to) for rows, stage in WAYS if rows == how]
         if name == IN_BF16 and packed_to is None:
             together += [Run(f"bf16-{stage}", stage, split, bf16=True) for stage in (1, 2, 3)]
+    micros = GLOBAL_BATCHES[SPOILT]
+    together += [Run(f"spoilt-{stage}", stage, (micros[:1], micros[1:]), spoilt=True) for stage in (1, 2, 3)]
     micros = GLOBAL_BATCHES[LINEAGE]
     alone.append(Run("lineage", 1, (micros,), lineage=True))
     together += [Run(f"lineage-{stage}", stage, (micros[:1], micros[1:]), lineage=True) for stage in (2, 3)]
@@ -60,23 +63,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("how", "stage"), WAYS)
 @pytest.mark.parametrize("name", GLOBAL_BATCHES)
 def test_what_a_rank_lacks_changes_nothing(folder: Path, name: str, how: str, stage: int) -> None:
-    compare(folder, f"{name}-{how}", stage, PARTS)
+    compare(folder, f"{name}-{how}", f"{name}-{how}-{stage}", PARTS)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_with_a_loss_that_is_no_number_changes_nothing_on_any_rank(folder: Path, stage: int) -> None:
+    compare(folder, f"{SPOILT}-padded", f"spoilt-{stage}", PARTS)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora_and_what_else_trains_by_default_move_alike(folder: Path, stage: int) -> None:
-    compare(folder, "lineage", stage, LINEAGE_PARTS)
+    compare(folder, "lineage", f"lineage-{stage}", LINEAGE_PARTS)
 
 
-def compare(folder: Path, name: str, stage: int, parts: Sequence[str]) -> None:
-    expected = load_file(folder / "alone" / f"{name}-0.safetensors")
+def compare(folder: Path, alone: str, together: str, parts: Sequence[str]) -> None:
+    expected = load_file(folder / "alone" / f"{alone}-0.safetensors")
     assert torch.isfinite(expected["losses"]).all()
     assert expected["losses"][1, 0] < expected["losses"][0, 0]
     starts = {key.removeprefix("start."): start for key, start in expected.items() if key.startswith("start.")}
     moved = [key for key, start in starts.items() if not torch.equal(expected[key], start)]
     assert [part for part in parts if not any(part in key for key in moved)] == []
     for rank in range(2):
-        found = load_file(folder / "together" / f"{name}-{stage}-{rank}.safetensors")
+        found = load_file(folder / "together" / f"{together}-{rank}.safetensors")
         assert found.keys() == expected.keys()
         for key in ("losses", "gradient_norms"):
             torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
