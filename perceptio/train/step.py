@@ -145,14 +145,15 @@ def counts_by_source(batches: Sequence[Batch], sources: int) -> Tensor:
 def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) -> StepReport:
     """The report of one optimizer step over a global batch, of which `batches` are this rank's micro-batches.
 
-    Where the gradient is not finite DeepSpeed leaves the step out, in silence: weights, optimizer and schedule stay, and
-    the report names the samples of the micro-batches whose loss is no number, or of all where each is one.
+    Where the gradient is not finite DeepSpeed leaves the step out, in silence: weights, optimizer and schedule stay.
+    The report then names the samples of the micro-batches whose loss is no number, or of all where each is one.
     """
     world, objective = dist.get_world_size(), engine.module
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
     counts_C = counts_QC.sum(0)
-    sums_QC, spoilt = torch.zeros_like(counts_QC), []
+    sums_QC = torch.zeros_like(counts_QC)
+    spoilt: list[str] = []
     for batch in batches:
         loss, sums = engine(batch.to(engine.device), counts_C)
         # DeepSpeed takes the mean over ranks and micro-batches; the loss is a share of a sum already
