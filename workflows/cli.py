@@ -156,6 +156,21 @@ def study(
 
 
 @app.command()
+def explain(
+    step: Annotated[int, typer.Option("--step", help="Which global batch, counted from 0.")],
+    run: Annotated[str | None, typer.Option("--run", help="A name under ROOT/runs, whose recipe is used.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Of the run, where not as in its recipe.")] = None,
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """A page with the samples of a training step, worker by worker, as they were trained on."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        typer.echo(importlib.import_module("workflows.explain").run(loaded, step, run, workers))
+
+
+@app.command()
 def serve(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Answers over HTTP with the trained model, until Ctrl-C."""
     _stage("serve", _load(recipe, root, overrides))

@@ -25,9 +25,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from perceptio.data.mixture import Mixture
 from perceptio.data.shards import SampleTable, ShardError
 from perceptio.model import PerceptioForConditionalGeneration
-from perceptio.segmentation.sam2_image import preprocess
 from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
-from perceptio.train.feed import Feed, mixture_of
+from perceptio.train.feed import Feed, Samples, mixture_of
 from perceptio.train.optim import computes_bf16, deepspeed_config, optimizer_and_schedule, settled_precision
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
@@ -36,7 +35,7 @@ from workflows import runtime
 from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
-from workflows.train_log import TrainLog, watched
+from workflows.train_log import RECIPE_NAME, TrainLog, watched
 from workflows.untrained import untrained
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def run(recipe: Recipe) -> None:
         log.info("model: complete")
         return
     try:
-        log.info("mixture: %s", _mixture(recipe)[1].describe())
+        log.info("mixture: %s", _mixture(recipe).describe())
     except (ValueError, ShardError) as error:
         raise StageError(f"train: {error}") from error
     runtime.start(recipe)
@@ -64,6 +63,7 @@ def run(recipe: Recipe) -> None:
             " workers are on other machines",
             train.precision,
         )
+    root.write(recipe.model_dump_json(indent=1).encode(), "runs", name, RECIPE_NAME)  # what `explain` reads
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -129,7 +129,8 @@ def _work(config: dict[str, Any]) -> None:
     torch.set_num_threads(train.threads)
     torch.manual_seed(recipe.seed)
     model, processor = _model(recipe, root)
-    feed = _feed(recipe, model, processor, world)
+    samples = Samples.open(recipe, processor, world=world)
+    feed = Feed(samples, model.segmenter.sam2.config.image_size)
     packed_to = recipe.model.max_length if train.pack else None
     objective = Objective(model, train.losses, len(train.mixture), packed_to=packed_to)
     optimizer, schedule = optimizer_and_schedule(objective, train)
@@ -138,7 +139,7 @@ def _work(config: dict[str, Any]) -> None:
     )
     assert model.codec is not None
     model.codec.to(engine.device)
-    step = _resume(engine, feed.mixture)
+    step = _resume(engine, samples.mixture)
     steps = TrainLog(root, config["run"], step) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last
@@ -153,7 +154,7 @@ def _work(config: dict[str, Any]) -> None:
         if step % train.checkpoint_every == 0 or step == train.steps:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here
-            _checkpoint(engine, feed.mixture.state(step * train.global_batch), step, report.loss)
+            _checkpoint(engine, samples.mixture.state(step * train.global_batch), step, report.loss)
         if len(skipped) == train.max_skipped_steps:
             raise FloatingPointError(
                 f"steps {step - len(skipped)} to {step - 1} were all skipped, their gradients not finite; samples"
@@ -181,34 +182,10 @@ def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneratio
     return model, processor
 
 
-def _mixture(recipe: Recipe) -> tuple[list[SampleTable], Mixture]:
-    """The tables of the mixture's entries, and the mixture."""
+def _mixture(recipe: Recipe) -> Mixture:
+    """The run's mixture, from its tables."""
     tables = [SampleTable.open(recipe.root, entry.source) for entry in recipe.train.mixture]
-    return tables, mixture_of(recipe.train, tables, seed=recipe.seed)
-
-
-def _feed(recipe: Recipe, model: PerceptioForConditionalGeneration, processor: Any, world: int) -> Feed:
-    train = recipe.train
-    tables, mixture = _mixture(recipe)
-    for table in tables:
-        table.cached = mixture.row_groups_in_use(world)
-    return Feed(
-        tables=tables,
-        entries=train.mixture,
-        mixture=mixture,
-        seed=recipe.seed,
-        processor=processor,
-        vocabulary=model.config.vocabulary,
-        max_objects=recipe.model.max_objects,
-        max_length=recipe.model.max_length,
-        depth_tokens=model.config.depth_tokens,
-        auto_share=train.auto_share,
-        code_noise=train.code_noise,
-        depth_after_text=recipe.model.depth_after_text,
-        plain=train.losses.plain,
-        sam2_size=model.segmenter.sam2.config.image_size,
-        sam2_pixels=preprocess,
-    )
+    return mixture_of(recipe.train, tables, seed=recipe.seed)
 
 
 def _resume(engine: Any, mixture: Mixture) -> int:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from perceptio.train.step import StepReport
 from workflows.store import Root
 
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, RECIPE_NAME = "metrics.jsonl", "recipe.json"  # in ROOT/runs/RUN
 LOG_EVERY_S = 15.0
 WRITING_SHARE = 0.05  # of the time at most goes into rewriting the file
 

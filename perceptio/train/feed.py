@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from perceptio.data.collator import Batch, Item, Preprocess, collate, count_image_tokens, load_item
+from perceptio.data.collator import Batch, Item, collate, count_image_tokens, load_item
 from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
 from perceptio.data.shards import SampleTable
 from perceptio.data.template import render
-from perceptio.vocabulary import SpatialVocabulary
-from schemas.recipe import MixtureEntry, TrainRecipe
+from perceptio.processor import PerceptioProcessor
+from perceptio.segmentation.sam2_image import preprocess
+from schemas.recipe import Recipe, TrainRecipe
 
 
 def mixture_of(train: TrainRecipe, tables: Sequence[SampleTable], *, seed: int) -> Mixture:
@@ -46,56 +46,66 @@ def mixture_of(train: TrainRecipe, tables: Sequence[SampleTable], *, seed: int) 
 
 
 @dataclass(frozen=True)
-class Feed:
-    """The micro-batches of one rank; a pure function of (seed, tables, step)."""
+class Samples:
+    """The sample at each position of a run's mixture; a pure function of (seed, tables, position)."""
 
     tables: Sequence[SampleTable]  # one per mixture entry
-    entries: Sequence[MixtureEntry]
     mixture: Mixture
-    seed: int
-    processor: Any  # of the base: tokenizer and image processor
-    vocabulary: SpatialVocabulary
-    max_objects: int
-    max_length: int
-    depth_tokens: int
-    auto_share: float
-    code_noise: float
-    depth_after_text: bool
-    plain: bool  # all of a reply counts as text
-    sam2_pixels: Preprocess
-    sam2_size: int
+    recipe: Recipe
+    processor: PerceptioProcessor
+
+    @classmethod
+    def open(cls, recipe: Recipe, processor: PerceptioProcessor, *, world: int = 1) -> Samples:
+        """Those of the tables under the recipe's root, whose caches suit one of `world` workers.
+
+        Raises ShardError for a table that is not finished or not whole, ValueError as `mixture_of` does.
+        """
+        tables = [SampleTable.open(recipe.root, entry.source) for entry in recipe.train.mixture]
+        mixture = mixture_of(recipe.train, tables, seed=recipe.seed)
+        for table in tables:
+            table.cached = mixture.row_groups_in_use(world)
+        return cls(tables, mixture, recipe, processor)
 
     def item(self, position: int) -> Item:
         """The decoded sample at a position of the mixture."""
-        slot = self.mixture.at(position)
-        entry, key = self.entries[slot.source], (self.seed, position)
+        slot, train = self.mixture.at(position), self.recipe.train
+        key = (self.recipe.seed, position)
         row = self.tables[slot.source].row(slot.row_group, slot.row)
         dialogue = render(
             row,
-            entry,
-            self.vocabulary,
+            train.mixture[slot.source],
+            self.processor.vocabulary,
             self.processor.tokenizer,
             key=key,
-            max_objects=self.max_objects,
+            max_objects=self.recipe.model.max_objects,
             image_tokens=count_image_tokens(self.processor, row["height"], row["width"]),
-            depth_tokens=self.depth_tokens,
-            auto_share=self.auto_share,
-            code_noise=self.code_noise,
-            depth_after_text=self.depth_after_text,
-            plain=self.plain,
+            depth_tokens=self.processor.depth_tokens,
+            auto_share=train.auto_share,
+            code_noise=train.code_noise,
+            depth_after_text=self.recipe.model.depth_after_text,
+            plain=train.losses.plain,
         )
         return load_item(row, dialogue, source=slot.source, key=key)
 
+
+@dataclass(frozen=True)
+class Feed:
+    """The micro-batches of one rank."""
+
+    samples: Samples
+    sam2_size: int  # side of SAM2's input
+
     def batches(self, step: int, *, rank: int, world: int, micro_batch: int) -> list[Batch]:
         """The micro-batches of `rank` in global batch `step`."""
-        items = [self.item(position) for position in self.mixture.positions_of(step, rank, world)]
+        positions = self.samples.mixture.positions_of(step, rank, world)
+        items = [self.samples.item(position) for position in positions]
         return [
             collate(
                 items[first : first + micro_batch],
-                processor=self.processor,
-                sam2_pixels=self.sam2_pixels,
+                processor=self.samples.processor,
+                sam2_pixels=preprocess,
                 sam2_size=self.sam2_size,
-                max_length=self.max_length,
+                max_length=self.samples.recipe.model.max_length,
             )
             for first in range(0, len(items), micro_batch)
         ]
