@@ -171,6 +171,22 @@ def explain(
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    run: Annotated[str | None, typer.Option("--run", help="A name under ROOT/runs; else the trained model.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Of which checkpoint; the last one if not given.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="LoRA apart, as peft takes it, not merged.")] = False,
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """A plain model folder of the trained model, or of any checkpoint of a run."""
+    loaded = _load(recipe, root, overrides)
+    with _job():
+        typer.echo(importlib.import_module("workflows.export").run(loaded, out, run, step, adapter=adapter))
+
+
+@app.command()
 def serve(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
     """Answers over HTTP with the trained model, until Ctrl-C."""
     _stage("serve", _load(recipe, root, overrides))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 TAG = "state"
 
@@ -48,6 +49,18 @@ def read_state(folder: Path, *, world: int) -> dict[str, Any]:
                 raise CheckpointError(f"{folder.name}: file {name} has digest {seen[:12]}, expected {expected[:12]}")
     state: dict[str, Any] = first["state"]
     return state
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The model's weights in fp32 out of a whole and undamaged checkpoint, whatever ZeRO's stage and world size.
+
+    Raises CheckpointError as `read_state` does.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    read_state(folder, world=int(_listing(folder / "files-0.json")["world"]))
+    found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    return {name.removeprefix("model."): weight for name, weight in found.items()}  # the objective's own name for it
 
 
 def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:

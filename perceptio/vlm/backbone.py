@@ -134,10 +134,14 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        # the vision tower has layers of the same names
-        target_modules=rf"model\.language_model\..*\.({'|'.join(target_modules)})",
+        target_modules=lora_places(target_modules),
     )
     inject_adapter_in_model(config, model)
+
+
+def lora_places(targets: Sequence[str]) -> str:
+    """The pattern of the layers' names in the text model alone: the vision tower has layers of the same names."""
+    return rf"model\.language_model\..*\.({'|'.join(targets)})"
 
 
 def count_lora(model: nn.Module) -> int:
@@ -157,6 +161,15 @@ def merge_lora(model: InternVLForConditionalGeneration, dtype: torch.dtype | Non
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer().to(dtype or own))
+    return len(layers)
+
+
+def drop_lora(model: InternVLForConditionalGeneration) -> int:
+    """The number of LoRA layers taken out, in place, as if they had never been added; 0 if there were none."""
+    layers = _lora_layers(model)
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
     return len(layers)
 
 

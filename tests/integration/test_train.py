@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from perceptio.generate import Perceiver
+from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import Request
 from perceptio.train.step import TERMS
 from schemas.recipe import Recipe
 from tests.tables import fill, published, recipe_in
 from tests.tiny import tiny_parts
-from workflows import train
+from workflows import export, train
 from workflows.commits import Table
 from workflows.store import StageError, open_root
 from workflows.train_log import read_metrics
@@ -114,6 +117,40 @@ def test_low_rank_layers_under_zero_3_are_published_merged(tmp_path: Path, parts
         size_R = np.linalg.svd(found[f"model.{name}"] - base[name], compute_uv=False)
         assert size_R[0] > 0 and (size_R[2:] <= 1e-3 * size_R[0]).all(), name
     assert Perceiver.from_pretrained(open_root(recipe.root).at("model")).model.config.depth_codes == 8
+
+
+def test_a_checkpoint_is_exported_merged_or_with_its_adapter_apart(tmp_path: Path, parts: Parts) -> None:
+    settings = {"model__language": "lora", "model__lora": {"rank": 2, "alpha": 4, "dropout": 0.05}}
+    sizes = {"train__zero_stage": 2, "train__steps": 4, "train__checkpoint_every": 2, "train__publish_dtype": "float32"}
+    recipe = prepared(tmp_path / "root", parts, **settings, **sizes)
+    train.run(recipe)
+    root = open_root(recipe.root)
+    (name,) = (path.name for path in Path(root.at("runs")).iterdir())
+    published_ = load_file(Path(root.at("model")) / "model.safetensors")
+    merged = load_file(export.run(recipe, tmp_path / "merged", name) / "model.safetensors")
+    assert merged.keys() == published_.keys()
+    for key, weight in published_.items():
+        np.testing.assert_allclose(merged[key], weight, rtol=1e-6, atol=1e-7, err_msg=key)
+    out = export.run(recipe, tmp_path / "apart", name, adapter=True)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        expected = PerceptioForConditionalGeneration.from_pretrained(root.at("model"))(input_ids=ids).logits
+        plain = PerceptioForConditionalGeneration.from_pretrained(out)
+        assert (plain(input_ids=ids).logits - expected).abs().max() > 1e-4, "without its adapter it is another model"
+        adapted = PeftModel.from_pretrained(plain, str(out / "adapter")).eval()
+        torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    earlier = load_file(export.run(recipe, tmp_path / "earlier", name, step=2) / "model.safetensors")
+    assert any((earlier[key] != weight).any() for key, weight in merged.items())
+    with pytest.raises(StageError, match=r"has checkpoints of steps \[2, 4\], none of 3"):
+        export.run(recipe, tmp_path / "none", name, step=3)
+    with pytest.raises(StageError, match="is not empty, expected a new folder"):
+        export.run(recipe, tmp_path / "merged", name)
+    (state,) = Path(root.at("runs")).glob("*/step-00000004/state/mp_rank_00_model_states.pt")
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    with pytest.raises(StageError, match=r"mp_rank_00_model_states\.pt has digest"):
+        export.run(recipe, tmp_path / "damaged", name, step=4)
+    again = load_file(export.run(recipe, tmp_path / "before", name) / "model.safetensors")
+    assert all((again[key] == weight).all() for key, weight in earlier.items()), "the one before is used"
 
 
 def test_a_finished_run_is_left_alone(trained: Recipe) -> None:
