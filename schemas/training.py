@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from schemas.deepspeed_section import require_passable
 from schemas.mixture import MixtureEntry, WeightChange
 from schemas.section import Positive, Section, Share, Weight
 
@@ -101,6 +102,17 @@ class TrainRecipe(Section):
         description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, products in bf16;"
         " auto: bf16_autocast where every worker's device computes bfloat16, fp32 where one would only emulate it"
     )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="what waits in the CPU's memory: the optimizer's state, with stage 3 weights too"
+    )
+    recompute: bool = Field(
+        default=False,
+        description="activations of the language model and the vision tower are computed again in the backward pass"
+        " rather than kept: less memory, more time, the same gradients",
+    )
+    deepspeed: dict[str, Any] = Field(
+        default={}, description="DeepSpeed's own settings, passed through where no field here says the same"
+    )
     threads: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -162,6 +174,15 @@ class TrainRecipe(Section):
                 f"micro_batch {self.micro_batch} does not divide the {self.global_batch // self.workers}"
                 f" samples of one worker (global_batch {self.global_batch} / workers {self.workers})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> TrainRecipe:
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload is 'all' with zero_stage {self.zero_stage}, expected 3: others keep weights whole"
+            )
+        require_passable(self.deepspeed)
         return self
 
     @model_validator(mode="after")

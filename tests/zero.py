@@ -38,6 +38,7 @@ class Run:
     shares: tuple[tuple[Micro, ...], ...]
     packed_to: int | None = None
     bf16: bool = False
+    offload: bool = False  # the optimizer's state, and at stage 3 weights, to the CPU's memory
     spoilt: bool = False  # rank 0's pixels are no numbers in the first step
     lineage: bool = False  # LoRA, and what else trains by default; an untied Llama
 
@@ -75,10 +76,16 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
         batch = batch_of((model, processor), micro.samples)
         batches.append(batch if micro.images else without_images((model, processor), batch))
     objective = Objective(model.train(), WEIGHTS, len(ENTRIES), packed_to=run.packed_to)
+    zero: dict[str, Any] = {"stage": run.stage, "stage3_param_persistence_threshold": 0}  # cut small weights too
+    if run.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if run.offload and run.stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
     config = {
         "train_micro_batch_size_per_gpu": len(share[0].samples),
         "gradient_accumulation_steps": len(share),
-        "zero_optimization": {"stage": run.stage, "stage3_param_persistence_threshold": 0},  # cut small weights too
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": run.bf16},
         "data_types": {"grad_accum_dtype": "fp32"} if run.bf16 else {},
         "gradient_clipping": 1e6,  # a run always clips: where it does not, DeepSpeed does not look at the norm

@@ -132,6 +132,8 @@ def _work(config: dict[str, Any]) -> None:
     samples = Samples.open(recipe, processor, world=world)
     feed = Feed(samples, model.segmenter.sam2.config.image_size)
     packed_to = recipe.model.max_length if train.pack else None
+    if train.recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     objective = Objective(model, train.losses, len(train.mixture), packed_to=packed_to)
     optimizer, schedule = optimizer_and_schedule(objective, train)
     engine, *_ = deepspeed.initialize(

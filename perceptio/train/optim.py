@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,11 +81,16 @@ def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
     """
     if recipe.precision == "auto":
         raise ValueError("precision is 'auto', expected one that settled_precision() chose")
-    return {
+    zero: dict[str, Any] = {"stage": recipe.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if recipe.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if recipe.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    own = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_accumulation_steps": accumulation(recipe, world),
         "gradient_clipping": recipe.clip,
-        "zero_optimization": {"stage": recipe.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": zero,
         "bf16": {"enabled": recipe.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"} if recipe.precision == "bf16" else {},  # else they add up in bf16
         "torch_autocast": {
@@ -94,8 +100,19 @@ def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW is what DeepSpeed itself uses on a CPU
         "steps_per_print": 2**31,  # the run has its own log
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW works on offloaded state too, and needs no compiler
         "wall_clock_breakdown": False,
     }
+    return _merged(own, recipe.deepspeed)
+
+
+def _merged(own: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, section by section; where both say something `more` counts, which says nothing that the recipe says."""
+    found = dict(own)
+    for name, value in more.items():
+        inner = found.get(name)
+        found[name] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return found
 
 
 def accumulation(recipe: TrainRecipe, world: int) -> int:

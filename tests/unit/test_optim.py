@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from perceptio.train import optim
-from schemas.recipe import TrainRecipe
+from schemas.recipe import RecipeError, TrainRecipe
 from schemas.recipe_file import load_recipe
 
 ROOMS = Path(optim.__file__).parents[2] / "workflows" / "recipes" / "rooms.yaml"
@@ -51,6 +53,47 @@ def test_what_a_recipe_says_is_done(precision: str) -> None:
 def test_an_unsettled_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision is 'auto', expected one that settled_precision"):
         optim.deepspeed_config(recipe("auto"), world=2)
+
+
+def with_settings(**settings: Any) -> TrainRecipe:
+    overrides = [f"train.{name}={json.dumps(value)}" for name, value in settings.items()]
+    return load_recipe(ROOMS, overrides=["train.precision=fp32", *overrides]).train
+
+
+def test_deepspeeds_own_settings_are_passed_through_beside_ours() -> None:
+    wanted = {
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000},
+        "comms_logger": {"enabled": True},
+    }
+    config = optim.deepspeed_config(with_settings(zero_stage=2, offload="optimizer", deepspeed=wanted), world=2)
+    assert config["zero_optimization"] == {
+        "stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}
+    }  # fmt: skip
+    assert config["comms_logger"] == {"enabled": True}
+    assert config["gradient_clipping"] == with_settings().clip
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"deepspeed": {"gradient_clipping": 2}},
+            "deepspeed.gradient_clipping is 2, but that is for train.clip to say",
+        ),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "deepspeed.zero_optimization.stage is 1, but that is for"),
+        (
+            {"deepspeed": {"optimizer": {"type": "Adam"}}},
+            "deepspeed.optimizer.type is 'Adam', but that is for",
+        ),
+        ({"deepspeed": {"fp16": {}}}, "deepspeed.fp16 is {}, but that is for train.precision"),
+        ({"deepspeed": {"zero_optimisation": {}}}, "deepspeed.zero_optimisation is no setting that is passed through"),
+        ({"offload": "all"}, "offload is 'all' with zero_stage 2, expected 3"),
+    ],
+)
+def test_what_a_recipe_has_a_field_for_is_said_there(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        with_settings(**settings)
+    assert message in str(error.value)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads an x86's flags; the cases above need none")

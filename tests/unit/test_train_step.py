@@ -97,6 +97,20 @@ def test_words_alone_are_read_as_the_text_model_reads_them(parts: Any, packed_to
     torch.testing.assert_close(found_BTD[seen_BT], plain_BTD[seen_BT], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed_to", [None, 512])
+def test_recomputing_activations_changes_neither_loss_nor_gradient(parts: Any, packed_to: int | None) -> None:
+    loss, kept, _ = gradients(parts, [batch_of(parts, MIXED)], packed_to)
+    model, processor = copy.deepcopy(parts[0]), parts[1]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    seen: list[int] = []
+    model.model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: seen.append(1))
+    again_loss, again, _ = gradients((model, processor), [batch_of(parts, MIXED)], packed_to)
+    assert len(seen) == 2, "a layer runs again in the backward pass"
+    assert again_loss == loss
+    for name, grad in kept.items():
+        torch.testing.assert_close(again[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_a_row_is_full_before_the_next_begins() -> None:
     assert Packing.of([5, 3, 4, 2, 8], 8).row_B == (0, 0, 1, 1, 2)
     assert Packing.of([5, 3, 4, 2, 8], 8).start_B == (0, 5, 0, 4, 0)
