@@ -35,7 +35,7 @@ from workflows import runtime
 from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
-from workflows.train_log import RECIPE_NAME, TrainLog, watched
+from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
 from workflows.untrained import untrained
 
 log = logging.getLogger(__name__)
@@ -145,14 +145,15 @@ def _work(config: dict[str, Any]) -> None:
     steps = TrainLog(root, config["run"], step) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last
-    for batches in feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch):
+    ahead = feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch)
+    for batches, waited in timed(ahead):
         torch.manual_seed(_mixed(recipe.seed, step, rank))  # dropout: a resumed step draws what it would have drawn
         rate = float(schedule.get_last_lr()[0])
         report = train_step(engine, batches, sources)
         step += 1
         skipped = [*skipped, report.skipped] if report.skipped else []
         if steps is not None:
-            steps.add(step, report, rate)
+            steps.add(step, report, learning_rate=rate, waited=waited)
         if step % train.checkpoint_every == 0 or step == train.steps:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here

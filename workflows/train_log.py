@@ -7,9 +7,10 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,9 +20,11 @@ from workflows.store import Root
 
 METRICS_NAME, RECIPE_NAME = "metrics.jsonl", "recipe.json"  # in ROOT/runs/RUN
 LOG_EVERY_S = 15.0
+PACE_STEPS = 20  # of which a pace is said
 WRITING_SHARE = 0.05  # of the time at most goes into rewriting the file
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 class TrainLog:
@@ -38,10 +41,10 @@ class TrainLog:
         """Of all attempts up to the last step, without their starts."""
         return float(self.lines[-1]["seconds"]) if self.lines else 0.0
 
-    def add(self, step: int, report: StepReport, learning_rate: float) -> None:
-        """Adds the report of `step` (counted from 1)."""
+    def add(self, step: int, report: StepReport, *, learning_rate: float, waited: float) -> None:
+        """Adds the report of `step` (counted from 1), before which its data was waited for so many seconds."""
         seconds = round(self.before + time.monotonic() - self.began, 3)
-        line = {"step": step, "seconds": seconds, "learning_rate": learning_rate}
+        line = {"step": step, "seconds": seconds, "waited": round(waited, 4), "learning_rate": learning_rate}
         said = dataclasses.asdict(report)
         if report.skipped:  # JSON knows no NaN
             said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}
@@ -54,6 +57,30 @@ class TrainLog:
         started = time.monotonic()
         self.root.write("".join(json.dumps(line) + "\n" for line in self.lines).encode(), *self.place)
         self.next_write = time.monotonic() + max(1.0, (time.monotonic() - started) / WRITING_SHARE)
+
+
+def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:
+    """Each item, and the seconds that it was waited for."""
+    while True:
+        began = time.monotonic()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield item, time.monotonic() - began
+
+
+def paces(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Samples and tokens a second and the share of the time that data was waited for, over some lines but the first.
+
+    {} of fewer than two. A skipped step counts: it was computed.
+    """
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"] if len(lines) > 1 else 0.0
+    if seconds <= 0:
+        return {}
+    samples = sum(sum(line["samples"].values()) for line in lines[1:])
+    tokens, waited = (sum(line[name] for line in lines[1:]) for name in ("tokens", "waited"))
+    return {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "data_wait": waited / seconds}
 
 
 def read_metrics(root: Root, run: str) -> list[dict[str, Any]]:
@@ -104,7 +131,28 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
             bar.update(task, completed=last["step"], note=f"loss {last['loss']:.3f}")
             if not console.is_terminal and time.monotonic() - said > LOG_EVERY_S:
                 said = time.monotonic()
-                log.info("train: %d of %d steps, loss %.3f (%s)", last["step"], steps, last["loss"], terms)
+                log.info(
+                    "train: %d of %d steps, loss %.3f (%s)%s",
+                    last["step"],
+                    steps,
+                    last["loss"],
+                    terms,
+                    _pace(lines, steps),
+                )
     finally:
         if console.is_terminal:
             bar.stop()
+
+
+def _pace(lines: Sequence[Mapping[str, Any]], steps: int) -> str:
+    """Of the last steps, and how long those to come will take at it; "" where nothing is known yet."""
+    last = lines[-PACE_STEPS:]
+    found = paces(last)
+    if not found:
+        return ""
+    each = (last[-1]["seconds"] - last[0]["seconds"]) / (len(last) - 1)
+    left = timedelta(seconds=round(each * (steps - last[-1]["step"])))
+    return (
+        f"; {found['samples_per_s']:.3g} samples/s, {found['tokens_per_s']:,.0f} tokens/s, data waited for"
+        f" {found['data_wait']:.1%} of the time, {left} to go"
+    )

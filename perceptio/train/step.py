@@ -33,6 +33,8 @@ class StepReport:
     terms: dict[str, float]  # unweighted, over the whole global batch; one that no sample has a part of is left out
     by_source: dict[str, dict[str, float]]  # the same, per data set
     gradient_norm: float
+    samples: dict[str, int]  # of each data set in the global batch
+    tokens: int  # that were read, image tokens among them and padding not
     skipped: tuple[str, ...] = ()  # samples that may have made loss or gradient no number, so that nothing was learnt
 
 
@@ -152,6 +154,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
     counts_C = counts_QC.sum(0)
+    sizes_2Q = _sizes(batches, len(sources)).to(engine.device)
+    dist.all_reduce(sizes_2Q)
     sums_QC = torch.zeros_like(counts_QC)
     spoilt: list[str] = []
     for batch in batches:
@@ -166,10 +170,21 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     terms = _means(sums_QC.sum(0), counts_C, objective.weights)
     by_source = {name: _means(sums_QC[q], counts_QC[q], objective.weights) for q, name in enumerate(sources)}
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
+    read = {name: int(count) for name, count in zip(sources, sizes_2Q[0].tolist(), strict=True)}, int(sizes_2Q[1].sum())
     if engine.was_step_applied():
-        return StepReport(total, terms, by_source, float(engine.get_global_grad_norm() or 0.0))
+        return StepReport(total, terms, by_source, float(engine.get_global_grad_norm() or 0.0), *read)
     names = _of_all_ranks(spoilt) or _of_all_ranks([name for batch in batches for name in batch.sample_ids])
-    return StepReport(total, terms, by_source, math.nan, skipped=tuple(names))
+    return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names))
+
+
+def _sizes(batches: Sequence[Batch], sources: int) -> Tensor:
+    """Samples, and the tokens that they have, by source: [2, Q]."""
+    sizes_2Q = torch.zeros(2, sources, dtype=torch.long)
+    for batch in batches:
+        ones_B = torch.ones_like(batch.source_B)
+        for row, values_B in enumerate((ones_B, batch.attention_mask_BT.sum(1))):
+            sizes_2Q[row] = sizes_2Q[row].index_add(0, batch.source_B, values_B)
+    return sizes_2Q
 
 
 def _of_all_ranks(names: list[str]) -> list[str]:
