@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from perceptio.train.step import StepReport
 from workflows.store import Root
+from workflows.train_board import Board
 
 METRICS_NAME, RECIPE_NAME = "metrics.jsonl", "recipe.json"  # in ROOT/runs/RUN
 LOG_EVERY_S = 15.0
@@ -33,6 +34,7 @@ class TrainLog:
     def __init__(self, root: Root, run: str, first_step: int) -> None:
         self.root, self.place = root, ("runs", run, METRICS_NAME)
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
+        self.board = Board(root, run, first_step)
         self.before = self.seconds  # of the attempts that this one goes on from
         self.began, self.next_write = time.monotonic(), 0.0
 
@@ -49,13 +51,15 @@ class TrainLog:
         if report.skipped:  # JSON knows no NaN
             said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}
         self.lines.append(line | said)
+        self.board.add(self.lines[-1])
         if time.monotonic() >= self.next_write:
             self.write()
 
     def write(self) -> None:
-        """Writes the whole file; how often depends on how long that takes."""
+        """Writes the whole file, and TensorBoard's; how often depends on how long that takes."""
         started = time.monotonic()
         self.root.write("".join(json.dumps(line) + "\n" for line in self.lines).encode(), *self.place)
+        self.board.write()
         self.next_write = time.monotonic() + max(1.0, (time.monotonic() - started) / WRITING_SHARE)
 
 

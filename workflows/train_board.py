@@ -1,0 +1,51 @@
+"""TensorBoard's event files of a training run: each loss term, in all and by data set, rates, pace and shares.
+
+tensorboard --logdir ROOT/runs
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from workflows.store import Root
+
+FOLDER = "tensorboard"  # in ROOT/runs/RUN
+
+
+class Board:
+    """Event files of one attempt; those of a resumed run take back what lies behind its checkpoint."""
+
+    def __init__(self, root: Root, run: str, first_step: int) -> None:
+        self.root, self.place = root, ("runs", run, FOLDER)
+        self._folder = tempfile.TemporaryDirectory(prefix="perceptio-board-")
+        self._writer = SummaryWriter(self._folder.name, purge_step=first_step + 1 if first_step else None)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Adds a line of metrics.jsonl."""
+        for name, value in _scalars(line):
+            self._writer.add_scalar(name, value, line["step"])
+
+    def write(self) -> None:
+        """Copies what there is to the root."""
+        self._writer.flush()
+        for file in Path(self._folder.name).iterdir():
+            self.root.write(file.read_bytes(), *self.place, file.name)
+
+
+def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in ("loss", "gradient_norm", "learning_rate", "waited", "tokens"):
+        if line[name] is not None:
+            yield f"run/{name}", line[name]
+    for term, value in line["terms"].items():
+        yield f"loss/{term}", value
+    for source, terms in line["by_source"].items():
+        for term, value in terms.items():
+            yield f"{term}/{source}", value
+    whole = sum(line["samples"].values())
+    for source, count in line["samples"].items():
+        yield f"share/{source}", count / whole
