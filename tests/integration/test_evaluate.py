@@ -125,7 +125,10 @@ def test_a_model_of_another_codebook_is_refused(world: World) -> None:
     other = standing.model_copy(update={"inputs": {"codebook": "f" * 64}})
     world.root.write(other.model_dump_json().encode(), "model", "manifest.json")
     try:
-        with pytest.raises(OtherInputsError, match="model was made with codebook ffff"):
+        codebook = world.root.manifest("codebook")
+        assert codebook is not None
+        both = f"model was made with codebook {'f' * 16}, codebook/ is {codebook.digest[:16]}"
+        with pytest.raises(OtherInputsError, match=both):
             evaluate.run(world.recipe)
     finally:
         world.root.write(standing.model_dump_json().encode(), "model", "manifest.json")

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from perceptio.data.masks import rle_to_mask
+from perceptio.depth.codec import DepthCodec
 from schemas.manifest import Licence
 from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
@@ -298,5 +299,7 @@ def test_a_model_with_another_codebook_does_not_start(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     root = open_root(str(tmp_path / "root"))
     publish(root, folder, "model", stage="train", attempt="test", recipe="test", code="test")
-    with pytest.raises(StageError, match=r"model/config\.json was made with 0123456789abcdef"):
+    own = DepthCodec.from_pretrained(folder / "codebook").digest[:16]
+    both = rf"model/codebook has digest {own}, model/config\.json was made with 0123456789abcdef"
+    with pytest.raises(StageError, match=both):
         serve.check_folder(load_recipe(ROOMS, root=str(tmp_path / "root")))
