@@ -123,7 +123,7 @@ def add_lora(
     """Puts LoRA layers into the text model's linear layers, in place (its sizes by default: lineage, Sa2VA).
 
     The model keeps its class, and embeddings and head stay whole and tied as they were: they are trained directly
-    (`set_trainable`) rather than through copies. Raises ValueError if it has LoRA already or no layer is so named.
+    (`set_trainable`) rather than through copies. What trained before still does. Raises ValueError if it has LoRA already or no layer is so named.
     """
     if layers := count_lora(model):
         raise ValueError(f"model: has {layers} LoRA layers already, expected none: merge_lora first")
@@ -136,7 +136,10 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=lora_places(target_modules),
     )
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
     inject_adapter_in_model(config, model)
+    for weight, was in trained:  # peft freezes all but its layers, parts that are none of its own too
+        weight.requires_grad = was
 
 
 def lora_places(targets: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from transformers import GotOcr2ImageProcessor, InternVLProcessor
 from perceptio.generate import Perceiver
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import PerceptioProcessor, Request
-from perceptio.vlm.backbone import add_lora, load_backbone, merge_lora
+from perceptio.vlm.backbone import add_lora, load_backbone, merge_lora, set_trainable
 from perceptio.vocabulary import spatial_tokens
 from tests.tiny import tiny_model, tiny_parts
 
@@ -96,6 +96,17 @@ def test_a_base_with_weights_missing_is_refused(parts: dict[str, Path], tmp_path
     rewritten(broken, without="vision_tower")
     with pytest.raises(ValueError, match=rf"{len(names)} weights are missing, the first .*vision_tower"):
         load(broken, sam2=parts["sam2"], codebook=parts["codebook"])
+
+
+def test_lora_leaves_the_mask_decoder_training(folder: Path) -> None:
+    model = PerceptioForConditionalGeneration.from_pretrained(folder)
+    model.segmenter.set_trainable(projector=True, decoder=True)
+    before = {name for name, weight in model.segmenter.named_parameters() if weight.requires_grad}
+    add_lora(model, rank=2, alpha=4, dropout=0.0)
+    set_trainable(model)
+    assert {name for name, weight in model.segmenter.named_parameters() if weight.requires_grad} == before
+    assert any("sam_mask_decoder" in name for name in before) and any("projector" in name for name in before)
+    assert not model.model.language_model.layers[0].mlp.up_proj.base_layer.weight.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
