@@ -123,7 +123,8 @@ def add_lora(
     """Puts LoRA layers into the text model's linear layers, in place (its sizes by default: lineage, Sa2VA).
 
     The model keeps its class, and embeddings and head stay whole and tied as they were: they are trained directly
-    (`set_trainable`) rather than through copies. What trained before still does. Raises ValueError if it has LoRA already or no layer is so named.
+    (`set_trainable`) rather than through copies. What trained before still does. Raises ValueError if it has LoRA
+    already or no layer is so named.
     """
     if layers := count_lora(model):
         raise ValueError(f"model: has {layers} LoRA layers already, expected none: merge_lora first")
