@@ -18,7 +18,7 @@ from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, set_trainable
 from tests.batches import ENTRIES, WEIGHTS, batch_of, without_images
 
-STEPS, RATE = 2, 1e-2
+STEPS, RATE = 2, 1e-3
 
 
 @dataclass(frozen=True)
