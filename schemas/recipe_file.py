@@ -95,7 +95,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
         where = ".".join(str(part) for part in _fields(item["loc"]))
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), sorted(_known_keys(Recipe)), n=1)
+            key = str(item["loc"][-1])
+            near = difflib.get_close_matches(key, sorted(_keys_at(item["loc"][:-1])), n=1)
+            near = near or difflib.get_close_matches(key, sorted(_known_keys(Recipe)), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             yield f"unknown key '{where}'{hint}"
         elif item["type"] == "missing":
@@ -108,6 +110,15 @@ def _explain(error: ValidationError) -> Iterator[str]:
 def _fields(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """The place of an error less the source's format, which pydantic puts behind its number."""
     return loc[:2] + loc[3:] if loc[:1] == ("sources",) else loc
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> set[str]:
+    """The keys of the section that stands at a place; what is no field on the way is stepped over."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        models = [model for field in fields for model in _models_in(field.annotation)] or models
+    return {name for model in models for name in model.model_fields}
 
 
 def _known_keys(model: type[BaseModel]) -> set[str]:
