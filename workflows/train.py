@@ -158,10 +158,10 @@ def _work(config: dict[str, Any]) -> None:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here
             _checkpoint(engine, samples.mixture.state(step * train.global_batch), step, report.loss)
-        if len(skipped) == train.max_skipped_steps:
+        if len(skipped) == min(train.max_skipped_steps, train.steps):
             raise FloatingPointError(
-                f"steps {step - len(skipped)} to {step - 1} were all skipped, their gradients not finite; samples"
-                f" {skipped}: look at these, or lower the learning rates"
+                f"steps {step - len(skipped)} to {step - 1}, counted from 0, were all skipped, gradients not finite;"
+                f" samples {skipped}: look at these, or lower the learning rates"
             )
     made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
     _publish(recipe, root, made, engine, model, processor, rank)

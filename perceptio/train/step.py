@@ -148,7 +148,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     """The report of one optimizer step over a global batch, of which `batches` are this rank's micro-batches.
 
     Where the gradient is not finite DeepSpeed leaves the step out, in silence: weights, optimizer and schedule stay.
-    The report then names the samples of the micro-batches whose loss is no number, or of all where each is one.
+    The report then names the samples of the micro-batches whose loss is no number, or of all where each is one. Raises
+    FloatingPointError where a step was taken all the same.
     """
     world, objective = dist.get_world_size(), engine.module
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
@@ -172,7 +173,12 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
     read = {name: int(count) for name, count in zip(sources, sizes_2Q[0].tolist(), strict=True)}, int(sizes_2Q[1].sum())
     if engine.was_step_applied():
-        return StepReport(total, terms, by_source, float(engine.get_global_grad_norm() or 0.0), *read)
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"a step was taken with loss {total} and gradient norm {norm}, expected it skipped"
+            )
+        return StepReport(total, terms, by_source, norm, *read)
     names = _of_all_ranks(spoilt) or _of_all_ranks([name for batch in batches for name in batch.sample_ids])
     return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names))
 

@@ -239,6 +239,10 @@ def test_a_step_that_is_skipped_names_the_samples_whose_loss_is_no_number(
         assert report.gradient_norm > 0 and report.skipped == ()
         spoilt = dataclasses.replace(other, pixel_values=other.pixel_values * float("nan"))
         assert train_step(engine, [batch, spoilt], sources).skipped == other.sample_ids
+        with monkeypatch.context() as taken:
+            taken.setattr(Engine, "was_step_applied", lambda _: True)
+            with pytest.raises(FloatingPointError, match="a step was taken with loss nan and gradient norm nan"):
+                train_step(engine, [batch, spoilt], sources)
         model.zero_grad()
         norms = iter([float("inf")])
         monkeypatch.setattr(Engine, "get_global_grad_norm", lambda _: next(norms))

@@ -30,7 +30,6 @@ GLOBAL_BATCHES = {
 }
 IN_BF16 = "masks and depth beside words"
 SMALL = "masks beside depth"  # what is tried in further ways
-LINEAGE = SMALL
 LINEAGE_PARTS = (".multi_modal_projector.", ".embed_tokens.", ".lora_A.", ".lora_B.", "lm_head.", ".sam_mask_decoder.")
 PARTS = (".vision_tower.", ".multi_modal_projector.", ".embed_tokens.", ".layers.", ".projector.", ".sam_mask_decoder.")
 
@@ -53,9 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     split = (micros[:1], micros[1:])
     together += [Run(f"offload-{stage}", stage, split, offload=True) for stage in (2, 3)]
     together += [Run(f"spoilt-{stage}", stage, split, spoilt=True) for stage in (1, 2, 3)]
-    micros = GLOBAL_BATCHES[LINEAGE]
+    together += [Run(f"lineage-{stage}", stage, split, lineage=True) for stage in (2, 3)]
     alone.append(Run("lineage", 1, (micros,), lineage=True))
-    together += [Run(f"lineage-{stage}", stage, (micros[:1], micros[1:]), lineage=True) for stage in (2, 3)]
     for world, runs in (("alone", alone), ("together", together)):
         (folder / world).mkdir()
         spawn(trained, (runs, parts, folder / world), nprocs=len(runs[0].shares))
