@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.sparse.csgraph import maximum_flow
 
 Ints = npt.NDArray[np.int64]
 LONGEST_PERIOD = 1024
@@ -128,7 +128,24 @@ def _deal(drawn_PS: Ints, counts: Sequence[int]) -> Ints:
         np.add.at(edges_PP, (rows, first_round[source] + np.arange(len(rows)) // streams), 1)
     source_PC = np.empty((period, streams), np.int64)
     for stream in range(streams):
-        rounds = maximum_bipartite_matching(csr_array(edges_PP), perm_type="column")
+        rounds = _perfect_matching(edges_PP)
         source_PC[:, stream] = np.searchsorted(first_round, rounds, side="right") - 1
         edges_PP[np.arange(period), rounds] -= 1
     return source_PC
+
+
+def _perfect_matching(edges_PP: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The column matched to each row of a regular bipartite graph: [P].
+
+    As a flow of one unit a vertex: scipy's own maximum_bipartite_matching takes time exponential in P on some tables.
+    """
+    period = len(edges_PP)
+    vertex_P, start, end = np.arange(period), 2 * period, 2 * period + 1
+    row, column = np.nonzero(edges_PP)
+    tails = np.concatenate([np.full(period, start), row, period + vertex_P])
+    heads = np.concatenate([vertex_P, period + column, np.full(period, end)])
+    capacity = csr_array((np.ones(len(tails), np.int32), (tails, heads)), shape=(end + 1, end + 1))
+    flow = maximum_flow(capacity, start, end).flow[:period, period : 2 * period].tocoo()
+    matched_P = np.empty(period, np.int32)
+    matched_P[flow.row[flow.data > 0]] = flow.col[flow.data > 0]
+    return matched_P
