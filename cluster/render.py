@@ -119,7 +119,7 @@ def _workers(recipe: Recipe, settings: Settings, stage: str) -> Workers:
     if pool is not None:
         least, most, cpus, gpus = pool.min_actors, pool.max_actors, pool.cpus, pool.gpus
     elif stage == "train":
-        least = most = section.workers
+        least, most = section.possible_workers[0], section.most_workers
         cpus, gpus = section.cpus_per_worker, section.gpus_per_worker
     else:  # `codebook` asks Ray for one CPU a worker, and for no accelerator
         least = most = section.workers

@@ -87,7 +87,12 @@ class LossWeights(Section):
 
 
 class TrainRecipe(Section):
-    workers: Positive
+    workers: Positive | tuple[Positive, Positive] = Field(
+        description="or [fewest, most]: as many as there is room for, and others as machines come and go"
+    )
+    resize_every_s: Annotated[float, Field(ge=0)] = Field(
+        default=60.0, description="how often a run with [fewest, most] workers looks whether there is room for more"
+    )
     allowed_workers: tuple[Positive, ...] = (1, 2, 4, 8)
     steps: Positive
     global_batch: Positive
@@ -129,7 +134,9 @@ class TrainRecipe(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     warmup: Share = Field(description="share of the steps in which learning rates rise to their peak")
     checkpoint_every: Positive
-    keep_checkpoints: Positive
+    keep_checkpoints: Positive = Field(
+        description="so many with the least loss, as the mean of the steps since the one before, and the latest"
+    )
     publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the published weights; auto: as they were trained"
     )
@@ -159,21 +166,34 @@ class TrainRecipe(Section):
     )
     losses: LossWeights
 
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def possible_workers(self) -> range:
+        """All numbers of workers that a run may have."""
+        fewest, most = (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+        return range(fewest, most + 1)
+
     @model_validator(mode="after")
     def _batches(self) -> TrainRecipe:
-        for world in {*self.allowed_workers, self.workers}:
+        if not self.possible_workers:
+            raise ValueError(f"workers is {list(self.workers)}, expected [fewest, most]")  # type: ignore[arg-type]
+        for world in {*self.allowed_workers, *self.possible_workers}:
             if self.global_batch % world or self.streams % world:
                 raise ValueError(
-                    f"global_batch {self.global_batch} and streams {self.streams} must both divide by every allowed"
-                    f" number of workers; {world} does not: change allowed_workers or the sizes"
+                    f"global_batch {self.global_batch} and streams {self.streams} must both divide by every possible"
+                    f" and allowed number of workers; {world} does not: change workers, allowed_workers or the sizes"
                 )
         if self.global_batch % self.streams:
             raise ValueError(f"global_batch {self.global_batch} must be a multiple of streams {self.streams}")
-        if (self.global_batch // self.workers) % self.micro_batch:
-            raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide the {self.global_batch // self.workers}"
-                f" samples of one worker (global_batch {self.global_batch} / workers {self.workers})"
-            )
+        for world in self.possible_workers:
+            if (self.global_batch // world) % self.micro_batch:
+                raise ValueError(
+                    f"micro_batch {self.micro_batch} does not divide the {self.global_batch // world}"
+                    f" samples of one worker (global_batch {self.global_batch} / {world} workers)"
+                )
         return self
 
     @model_validator(mode="after")

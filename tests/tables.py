@@ -23,7 +23,7 @@ SCENES = 3
 KINDS = ["referring", "points", "count", "yes_no"]
 
 
-def recipe_in(folder: Path, parts: Path, **more: Any) -> Recipe:
+def recipe_in(folder: Path | str, parts: Path, **more: Any) -> Recipe:
     """The rooms recipe on two sources of SCENES rooms, with tiny parts and dotted settings such as train__steps=4."""
 
     def rooms(name: str, seed: int, held_out: bool) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _ray(recipe: Recipe) -> str:
     start(recipe)
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     pools = (recipe.depth.pool, recipe.masks.pool, recipe.tokenize.pool, recipe.evaluate.pool, recipe.serve)
-    gpus = max(recipe.train.workers * recipe.train.gpus_per_worker, *(pool.gpus for pool in pools))
+    gpus = max(recipe.train.most_workers * recipe.train.gpus_per_worker, *(pool.gpus for pool in pools))
     if gpus > have.get("GPU", 0):
         raise MissingError(
             f"{have.get('GPU', 0):g} GPUs, expected {gpus:g}: join a cluster that has them (RAY_ADDRESS), or set the"

@@ -64,7 +64,7 @@ def run(recipe: Recipe, step: int, name: str | None = None, workers: int | None 
     root = open_root(recipe.root)
     if name is not None:
         recipe = _of_run(root, name, recipe.root)
-    steps, world = recipe.train.steps, workers or recipe.train.workers
+    steps, world = recipe.train.steps, workers or recipe.train.most_workers
     if not 0 <= step < steps:
         raise StageError(f"step is {step}, expected 0 to {steps - 1}: the run has {steps} steps")
     codebook = local_copy(root, "codebook", stage="codebook")

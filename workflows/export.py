@@ -16,16 +16,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from perceptio.model import PerceptioForConditionalGeneration
-from perceptio.train.checkpoint import CheckpointError, read_weights
+from perceptio.train.checkpoint import CheckpointError, read_weights, set_weights
 from perceptio.vlm.backbone import add_lora, drop_lora, lora_places, merge_lora
 from schemas.recipe import Recipe
-from workflows.folders import local_copy, require, run_storage
+from workflows.checkpoints import last_whole, opened, places
+from workflows.folders import local_copy, require
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import RECIPE_NAME
 from workflows.untrained import untrained
@@ -57,7 +57,7 @@ def run(recipe: Recipe, out: Path, name: str | None = None, step: int | None = N
     _refuse_closed(recipe, require(root, "codebook", stage="codebook").licences)
     if adapter and own.model.language != "lora":
         raise StageError(f"run {name} has model.language '{own.model.language}', expected 'lora' for an adapter")
-    _write(own, root, out, *_checkpoint(root, name, step), name=name, adapter=adapter)
+    _write(own, root, out, *_checkpoint(root, own, name, step), name=name, adapter=adapter)
     return out
 
 
@@ -72,22 +72,22 @@ def _refuse_closed(recipe: Recipe, licences: Any) -> None:
         log.warning("not for commercial use: %s", part)
 
 
-def _checkpoint(root: Root, name: str, step: int | None) -> tuple[int, dict[str, Tensor]]:
+def _checkpoint(root: Root, recipe: Recipe, name: str, step: int | None) -> tuple[int, dict[str, Tensor]]:
     """Step and weights of a run's checkpoint; of the last whole one where no step is named."""
-    steps = sorted(int(folder.rpartition("-")[2]) for folder in root.folders("runs", name) if "step-" in folder)
-    for found in reversed(steps) if step is None else [step]:
-        if found not in steps:
-            raise StageError(f"run {name} has checkpoints of steps {steps}, none of {step}")
-        storage = run_storage(root).get("storage_filesystem")
-        checkpoint = ray.train.Checkpoint(root.at("runs", name, f"step-{found:08d}"), filesystem=storage)
+    found = places(root, name)
+    steps = sorted({place.step for place in found})
+    if step is not None and step not in steps:
+        raise StageError(f"run {name} has checkpoints of steps {steps}, none of {step}")
+    if step is not None:
         try:
-            with checkpoint.as_directory() as folder:
-                return found, read_weights(Path(folder))
+            with opened(root, name, [place for place in found if place.step == step][-1]) as saved:
+                return step, read_weights(saved)
         except CheckpointError as error:
-            if step is not None:
-                raise StageError(f"run {name}: {error}") from error
-            log.warning("run %s: %s; the one before is used", name, error)
-    raise StageError(f"run {name} has no whole checkpoint; those of steps {steps} are torn or damaged")
+            raise StageError(f"run {name}: {error}") from error
+    with last_whole(root, name, found) as last:
+        if last is None:
+            raise StageError(f"run {name} has no whole checkpoint; those of steps {steps} are torn or damaged")
+        return int(last.state["position"]) // recipe.train.global_batch, read_weights(last)
 
 
 def _write(
@@ -97,10 +97,10 @@ def _write(
     lora = recipe.model.lora
     if recipe.model.language == "lora" and lora is not None:
         add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.targets)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    own = {key for key, _ in model.named_parameters()}
-    if lost := [key for key in (*missing, *unexpected) if key in own or key in weights]:
-        raise StageError(f"run {name}, step {step}: {len(lost)} weights do not fit its recipe, the first {lost[0]}")
+    try:
+        set_weights(model, weights)
+    except CheckpointError as error:
+        raise StageError(f"run {name}, step {step}: {error}") from error
     if adapter:
         _save_adapter(model, recipe, out / ADAPTER)
     merge_lora(model) if not adapter else drop_lora(model)

@@ -153,7 +153,7 @@ def _check_machine(recipe: Recipe) -> None:
     pools = {name: getattr(recipe, name).pool for name in ("ingest", "depth", "masks", "tokenize", "assemble")}
     needs = {name: pool.min_actors * pool.cpus for name, pool in pools.items()}
     needs["codebook"] = recipe.codebook.workers + 1.0
-    needs["train"] = recipe.train.workers * recipe.train.cpus_per_worker + 1.0
+    needs["train"] = recipe.train.most_workers * recipe.train.cpus_per_worker + 1.0
     part, need = max(needs.items(), key=lambda item: item[1])
     if need > recipe.cluster.logical_cpus:
         raise NotEnoughError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,19 @@ class Root:
             os.replace(_draft(path, data), path)  # noqa: PTH105
         else:
             self._ask("writing", path, lambda: self.fs.pipe_file(path, data, chunksize=PART_BYTES))
+
+    def upload(self, local: Path, *parts: str) -> None:
+        """Copies a local file of any size to the store, or replaces one: readers see all of it or nothing."""
+        path = self.at(*parts)
+        if self._local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(f"{path}~{secrets.token_hex(4)}")
+            shutil.copyfile(local, draft)
+            with draft.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            os.replace(draft, path)  # noqa: PTH105
+        else:
+            self._ask("writing", path, lambda: self.fs.put_file(str(local), path, chunksize=PART_BYTES))
 
     def create(self, data: bytes, *parts: str) -> bool:
         """True if the file was created now, whole and by nobody else; False if it stood already with other bytes.

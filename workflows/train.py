@@ -12,31 +12,46 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import statistics
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
+import ray.train.collective
 import torch
+import torch.distributed as dist
 from ray.exceptions import RayError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import ScalingConfig  # to a type checker ray.train has the one before it
 
 from perceptio.data.mixture import Mixture
 from perceptio.data.shards import SampleTable, ShardError
 from perceptio.model import PerceptioForConditionalGeneration
-from perceptio.train.checkpoint import load_checkpoint, save_checkpoint
+from perceptio.train.checkpoint import Saved, load_checkpoint, read_weights, set_weights, to_universal
 from perceptio.train.feed import Feed, Samples, mixture_of
 from perceptio.train.optim import computes_bf16, deepspeed_config, optimizer_and_schedule, settled_precision
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
-from schemas.recipe import Recipe, section_digest
+from schemas.recipe import Recipe, TrainRecipe, section_digest
 from workflows import runtime
+from workflows.checkpoints import Place, Uploads, last_whole, places
 from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
+from workflows.train_stop import Listener, Stop, bell_on_sigterm
 from workflows.untrained import untrained
+
+# fields of `train` that change how a run is made and not what it makes, but for the rounding of sums: it goes on under
+# others
+HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
+HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every"}
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +79,30 @@ def run(recipe: Recipe) -> None:
             train.precision,
         )
     root.write(recipe.model_dump_json(indent=1).encode(), "runs", name, RECIPE_NAME)  # what `explain` reads
+    config = {
+        "recipe": recipe.model_dump_json(),
+        "run": name,
+        "inputs": made_from,
+        "folder": str(Path.cwd()),
+        "code": runtime.code_version(),
+    }
+    with bell_on_sigterm() as bell:
+        _fit(recipe, root, config | {"bell": bell})
+        if root.manifest("model") is None and ray.get(bell.heard.remote()):
+            step = max(place.step for place in places(root, name))
+            raise StageError(f"train: stopped by SIGTERM after step {step} of {train.steps}: run it again to go on")
+    require(root, "model", stage="train")
+
+
+def _fit(recipe: Recipe, root: Root, config: dict[str, Any]) -> None:
+    """Runs the workers to their end; raises StageError where they fail more often than the recipe allows."""
+    train, name = recipe.train, config["run"]
     trainer = TorchTrainer(
         _work,
-        train_loop_config={
-            "recipe": recipe.model_dump_json(),
-            "run": name,
-            "inputs": made_from,
-            "folder": str(Path.cwd()),
-            "code": runtime.code_version(),
-        },
+        train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=train.workers,
+            num_workers=train.workers,  # (fewest, most) is elastic
+            elastic_resize_monitor_interval_s=train.resize_every_s,
             use_gpu=train.gpus_per_worker > 0,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
         ),
@@ -83,7 +111,9 @@ def run(recipe: Recipe) -> None:
             name=name,
             **run_storage(root),
             failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=train.keep_checkpoints, checkpoint_score_attribute="loss", checkpoint_score_order="min"
+            ),
         ),
     )
     try:
@@ -91,7 +121,6 @@ def run(recipe: Recipe) -> None:
             trainer.fit()
     except (TrainingFailedError, RayError) as error:
         raise StageError(f"train: run {name} failed: {error}. Checkpoints stay: run it again to resume") from error
-    require(root, "model", stage="train")
 
 
 def inputs(recipe: Recipe, root: Root) -> dict[str, str]:
@@ -99,7 +128,7 @@ def inputs(recipe: Recipe, root: Root) -> dict[str, str]:
     codebook = require(root, "codebook", stage="codebook")
     found = {
         "codebook": codebook.digest,
-        "train": section_digest(recipe.train, exclude={"max_failures", "keep_checkpoints", "checkpoint_every"}),
+        "train": section_digest(recipe.train, exclude=HOW),
         "model": section_digest(recipe.model),
         "seed": str(recipe.seed),
     }
@@ -118,8 +147,6 @@ def inputs(recipe: Recipe, root: Root) -> dict[str, str]:
 
 def _work(config: dict[str, Any]) -> None:
     """One worker's whole run: from the recipe to the published model."""
-    import deepspeed  # in the workers alone: it takes seconds, and prints as it comes
-
     runtime.enter(config["folder"])
     recipe = Recipe.model_validate_json(config["recipe"])
     train = settled_precision(recipe.train, ray.train.torch.get_device())
@@ -135,15 +162,16 @@ def _work(config: dict[str, Any]) -> None:
     if train.recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     objective = Objective(model, train.losses, len(train.mixture), packed_to=packed_to)
-    optimizer, schedule = optimizer_and_schedule(objective, train)
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, world)
-    )
+    found, attempt = _places(root, config["run"])
+    with last_whole(root, config["run"], found, _all_say) as saved:
+        step = 0 if saved is None else samples.mixture.step_of(saved.state)
+        engine, schedule = _engine(objective, train, world, saved, step)
     assert model.codec is not None
     model.codec.to(engine.device)
-    step = _resume(engine, samples.mixture)
-    steps = TrainLog(root, config["run"], step) if rank == 0 else None
+    uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
+    steps = TrainLog(root, config["run"], step, workers=world) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
+    losses: list[float] = []  # of the steps since the checkpoint before
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last
     ahead = feed.ahead(step, train.steps, rank=rank, world=world, micro_batch=train.micro_batch)
     for batches, waited in timed(ahead):
@@ -152,17 +180,23 @@ def _work(config: dict[str, Any]) -> None:
         report = train_step(engine, batches, sources)
         step += 1
         skipped = [*skipped, report.skipped] if report.skipped else []
+        losses += [] if report.skipped else [report.loss]
         if steps is not None:
             steps.add(step, report, learning_rate=rate, waited=waited)
-        if step % train.checkpoint_every == 0 or step == train.steps:
+        stop = listener.ask()
+        if step % train.checkpoint_every == 0 or step == train.steps or stop is not Stop.NOT:
             if steps is not None:
                 steps.write()  # a run that resumes here has every line up to here
-            _checkpoint(engine, samples.mixture.state(step * train.global_batch), step, report.loss)
+            score = statistics.fmean(losses) if losses else sys.float_info.max
+            uploads.save(engine, samples.mixture.state(step * train.global_batch), step, {"loss": score})
+            losses = []
         if len(skipped) == min(train.max_skipped_steps, train.steps):
             raise FloatingPointError(
                 f"steps {step - len(skipped)} to {step - 1}, counted from 0, were all skipped, gradients not finite;"
                 f" samples {skipped}: look at these, or lower the learning rates"
             )
+        if stop is Stop.RUN and step < train.steps:
+            return
     made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
     _publish(recipe, root, made, engine, model, processor, rank)
 
@@ -191,23 +225,62 @@ def _mixture(recipe: Recipe) -> Mixture:
     return mixture_of(recipe.train, tables, seed=recipe.seed)
 
 
-def _resume(engine: Any, mixture: Mixture) -> int:
-    """The step to go on at: 0, or that of the last checkpoint, which is verified before it is loaded."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        return mixture.step_of(load_checkpoint(engine, Path(folder)))
+def _places(root: Root, run: str) -> tuple[list[Place], int]:
+    """The run's checkpoints and the number of this attempt at it, as rank 0 sees them."""
+    own = places(root, run) if ray.train.get_context().get_world_rank() == 0 else []
+    found: list[Place] = ray.train.collective.broadcast_from_rank_zero(own)
+    return found, max((place.attempt for place in found), default=0) + 1
 
 
-def _checkpoint(engine: Any, state: dict[str, int | str], step: int, loss: float) -> None:
-    with tempfile.TemporaryDirectory(prefix="perceptio-checkpoint-") as folder:
-        save_checkpoint(engine, Path(folder), state)
-        ray.train.report(
-            {"step": step, "loss": loss},
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{step:08d}",
+def _all_say(own: bool) -> bool:
+    """Whether all workers say so."""
+    said = torch.tensor(int(own), device=ray.train.torch.get_device())
+    dist.all_reduce(said, dist.ReduceOp.MIN)
+    return bool(said.item())
+
+
+def _engine(objective: Objective, train: TrainRecipe, world: int, saved: Saved | None, step: int) -> tuple[Any, Any]:
+    """DeepSpeed's engine and the schedule of its rates, as they were when the checkpoint was saved, before `step`."""
+    import deepspeed  # in the workers alone: it takes seconds, and prints as it comes
+
+    another_stage = saved is not None and saved.zero_stage != train.zero_stage
+    if saved is not None and another_stage:
+        log.warning(
+            "train.zero_stage is %d, the checkpoint of step %d was saved at stage %d: its weights go on, the optimizer"
+            " starts anew",
+            train.zero_stage,
+            step,
+            saved.zero_stage,
         )
+        set_weights(objective.model, read_weights(saved))
+    optimizer, schedule = optimizer_and_schedule(objective, train, step=step if another_stage else 0)
+    universal = saved is not None and not another_stage and saved.world != world
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=deepspeed_config(train, world, universal=universal),
+    )
+    if saved is not None and universal:
+        log.info("the checkpoint of step %d was saved by %d workers, %d go on from it", step, saved.world, world)
+        with _universal(saved) as folder:
+            load_checkpoint(engine, folder)
+    elif saved is not None and not another_stage:
+        load_checkpoint(engine, saved.folder)
+    return engine, schedule
+
+
+@contextmanager
+def _universal(saved: Saved) -> Iterator[Path]:
+    """What `to_universal` writes, once on each machine, in a folder that nobody else may write to."""
+    first = ray.train.get_context().get_local_rank() == 0
+    with tempfile.TemporaryDirectory(prefix="perceptio-universal-") if first else nullcontext() as own:
+        if own is not None:
+            to_universal(saved, Path(own))
+        machine, known = ray.get_runtime_context().get_node_id(), [("", "")] * dist.get_world_size()
+        dist.all_gather_object(known, (machine, own or ""))
+        yield next(Path(folder) for where, folder in known if where == machine and folder)
+        dist.barrier()  # before it goes
 
 
 def _publish(

@@ -31,8 +31,8 @@ Item = TypeVar("Item")
 class TrainLog:
     """Appends one line a step to ROOT/runs/RUN/metrics.jsonl; a resumed run cuts what lies behind its checkpoint."""
 
-    def __init__(self, root: Root, run: str, first_step: int) -> None:
-        self.root, self.place = root, ("runs", run, METRICS_NAME)
+    def __init__(self, root: Root, run: str, first_step: int, *, workers: int) -> None:
+        self.root, self.place, self.workers = root, ("runs", run, METRICS_NAME), workers
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
         self.board = Board(root, run, first_step)
         self.before = self.seconds  # of the attempts that this one goes on from
@@ -46,7 +46,8 @@ class TrainLog:
     def add(self, step: int, report: StepReport, *, learning_rate: float, waited: float) -> None:
         """Adds the report of `step` (counted from 1), before which its data was waited for so many seconds."""
         seconds = round(self.before + time.monotonic() - self.began, 3)
-        line = {"step": step, "seconds": seconds, "waited": round(waited, 4), "learning_rate": learning_rate}
+        line = {"step": step, "workers": self.workers, "seconds": seconds, "waited": round(waited, 4)}
+        line["learning_rate"] = learning_rate
         said = dataclasses.asdict(report)
         if report.skipped:  # JSON knows no NaN
             said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}

@@ -48,11 +48,13 @@ def parameter_groups(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, An
     ]
 
 
-def optimizer_and_schedule(model: nn.Module, recipe: TrainRecipe) -> tuple[AdamW, LRScheduler]:
-    """AdamW with linear warm-up and cosine to 0 over the recipe's steps (lineage: Sa2VA)."""
+def optimizer_and_schedule(model: nn.Module, recipe: TrainRecipe, *, step: int = 0) -> tuple[AdamW, LRScheduler]:
+    """AdamW with linear warm-up and cosine to 0 over the recipe's steps (lineage: Sa2VA), its rates those of `step`."""
     optimizer = AdamW(parameter_groups(model, recipe), betas=recipe.betas)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
-    return optimizer, schedule
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    warmup = round(recipe.warmup * recipe.steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps, last_epoch=step - 1)
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -74,10 +76,11 @@ def settled_precision(recipe: TrainRecipe, device: torch.device) -> TrainRecipe:
     return recipe.model_copy(update={"precision": "bf16_autocast" if able.item() else "fp32"})
 
 
-def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
+def deepspeed_config(recipe: TrainRecipe, world: int, *, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` workers; the batch sizes follow from the global batch.
 
-    Raises ValueError where `precision: auto` was not settled.
+    With `universal` the engine loads what `to_universal` wrote. Raises ValueError where `precision: auto` was not
+    settled.
     """
     if recipe.precision == "auto":
         raise ValueError("precision is 'auto', expected one that settled_precision() chose")
@@ -102,6 +105,7 @@ def deepspeed_config(recipe: TrainRecipe, world: int) -> dict[str, Any]:
         "steps_per_print": 2**31,  # the run has its own log
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW works on offloaded state too, and needs no compiler
         "wall_clock_breakdown": False,
+        "checkpoint": {"load_universal": universal},
     }
     return _merged(own, recipe.deepspeed)
 

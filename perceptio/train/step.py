@@ -6,6 +6,7 @@ N depth tokens, K codes, S side of SAM2's input or of the codebook, C number of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class StepReport:
     gradient_norm: float
     samples: dict[str, int]  # of each data set in the global batch
     tokens: int  # that were read, image tokens among them and padding not
+    drawn: str  # 16 hex digits of the ids of its samples, in whatever order
     skipped: tuple[str, ...] = ()  # samples that may have made loss or gradient no number, so that nothing was learnt
 
 
@@ -155,8 +157,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
     counts_C = counts_QC.sum(0)
-    sizes_2Q = _sizes(batches, len(sources)).to(engine.device)
-    dist.all_reduce(sizes_2Q)
+    sizes_3Q = _sizes(batches, len(sources)).to(engine.device)
+    dist.all_reduce(sizes_3Q)
     sums_QC = torch.zeros_like(counts_QC)
     spoilt: list[str] = []
     for batch in batches:
@@ -171,7 +173,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     terms = _means(sums_QC.sum(0), counts_C, objective.weights)
     by_source = {name: _means(sums_QC[q], counts_QC[q], objective.weights) for q, name in enumerate(sources)}
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
-    read = {name: int(count) for name, count in zip(sources, sizes_2Q[0].tolist(), strict=True)}, int(sizes_2Q[1].sum())
+    samples = {name: int(count) for name, count in zip(sources, sizes_3Q[0].tolist(), strict=True)}
+    read = samples, int(sizes_3Q[1].sum()), f"{int(sizes_3Q[2].sum()) % 2**64:016x}"
     if engine.was_step_applied():
         norm = float(engine.get_global_grad_norm() or 0.0)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -184,13 +187,15 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
 
 
 def _sizes(batches: Sequence[Batch], sources: int) -> Tensor:
-    """Samples, and the tokens that they have, by source: [2, Q]."""
-    sizes_2Q = torch.zeros(2, sources, dtype=torch.long)
+    """Samples, the tokens that they have, and a sum of their ids' digests (modulo 2^64), by source: [3, Q]."""
+    sizes_3Q = torch.zeros(3, sources, dtype=torch.long)
     for batch in batches:
-        ones_B = torch.ones_like(batch.source_B)
-        for row, values_B in enumerate((ones_B, batch.attention_mask_BT.sum(1))):
-            sizes_2Q[row] = sizes_2Q[row].index_add(0, batch.source_B, values_B)
-    return sizes_2Q
+        digests = [hashlib.sha256(name.encode()).digest() for name in batch.sample_ids]
+        ids_B = torch.tensor([int.from_bytes(digest[:8], signed=True) for digest in digests])
+        rows = (torch.ones_like(batch.source_B), batch.attention_mask_BT.sum(1), ids_B.to(batch.source_B.device))
+        for row, values_B in enumerate(rows):
+            sizes_3Q[row] = sizes_3Q[row].index_add(0, batch.source_B, values_B)
+    return sizes_3Q
 
 
 def _of_all_ranks(names: list[str]) -> list[str]:

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from trainings import STEPS, lines_of, prepared
 
 from perceptio.generate import Perceiver
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.processor import Request
 from perceptio.train.step import TERMS
 from schemas.recipe import Recipe
-from tests.tables import fill, published, recipe_in
+from tests.tables import published, recipe_in
 from tests.tiny import tiny_parts
 from workflows import export, train
 from workflows.commits import Table
 from workflows.store import StageError, open_root
-from workflows.train_log import read_metrics
-
-STEPS, EVERY = 12, 3
 
 
 @dataclass(frozen=True)
@@ -46,30 +39,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return Parts(folder)
 
 
-def prepared(folder: Path, parts: Parts, **more: Any) -> Recipe:
-    """A recipe whose tables and codebook stand, ready to train on."""
-    sizes = {"train__steps": STEPS, "train__checkpoint_every": EVERY, "train__global_batch": 8}
-    sizes |= {
-        "train__micro_batch": 2,
-        "model__max_length": 512,
-        "train__max_failures": 1,
-        "train__publish_dtype": "float16",
-    }
-    recipe = recipe_in(folder, parts.folder, **{**sizes, **more})
-    root = open_root(recipe.root)
-    fill(recipe, root, published(root, parts.folder / "codebook", "codebook", {}))
-    return recipe
-
-
-def lines_of(recipe: Recipe) -> list[dict[str, Any]]:
-    root = open_root(recipe.root)
-    runs = [path.name for path in Path(root.at("runs")).iterdir()] if Path(root.at("runs")).exists() else []
-    return read_metrics(root, runs[0]) if runs else []
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, parts: Parts) -> Recipe:
-    recipe = prepared(tmp_path_factory.mktemp("trained"), parts)
+    recipe = prepared(tmp_path_factory.mktemp("trained"), parts.folder)
     train.run(recipe)
     return recipe
 
@@ -106,7 +78,9 @@ def test_the_model_folder_answers_and_differs_from_its_start(trained: Recipe, pa
 
 def test_low_rank_layers_under_zero_3_are_published_merged(tmp_path: Path, parts: Parts) -> None:
     settings = {"model__language": "lora", "model__lora": {"rank": 2, "alpha": 4, "dropout": 0.05}}
-    recipe = prepared(tmp_path, parts, **settings, train__zero_stage=3, train__steps=2, train__publish_dtype="float32")
+    recipe = prepared(
+        tmp_path, parts.folder, **settings, train__zero_stage=3, train__steps=2, train__publish_dtype="float32"
+    )
     train.run(recipe)
     found = load_file(Path(open_root(recipe.root).at("model")) / "model.safetensors")
     base = load_file(parts.folder / "base" / "model.safetensors")
@@ -122,7 +96,7 @@ def test_low_rank_layers_under_zero_3_are_published_merged(tmp_path: Path, parts
 def test_a_checkpoint_is_exported_merged_or_with_its_adapter_apart(tmp_path: Path, parts: Parts) -> None:
     settings = {"model__language": "lora", "model__lora": {"rank": 2, "alpha": 4, "dropout": 0.05}}
     sizes = {"train__zero_stage": 2, "train__steps": 4, "train__checkpoint_every": 2, "train__publish_dtype": "float32"}
-    recipe = prepared(tmp_path / "root", parts, **settings, **sizes)
+    recipe = prepared(tmp_path / "root", parts.folder, **settings, **sizes)
     train.run(recipe)
     root = open_root(recipe.root)
     (name,) = (path.name for path in Path(root.at("runs")).iterdir())
@@ -168,7 +142,7 @@ def test_other_settings_are_refused(trained: Recipe) -> None:
 
 
 def test_codes_of_another_codebook_are_refused(tmp_path: Path, parts: Parts) -> None:
-    recipe = prepared(tmp_path / "root", parts)
+    recipe = prepared(tmp_path / "root", parts.folder)
     tiny_parts(tmp_path / "other", seed=9)
     root = open_root(recipe.root)
     old = root.manifest("codebook")
@@ -176,37 +150,6 @@ def test_codes_of_another_codebook_are_refused(tmp_path: Path, parts: Parts) -> 
     assert old is not None
     with pytest.raises(StageError, match=f"{old.digest[:16]}.*{new.digest[:16]}"):
         train.run(recipe)
-
-
-def test_a_killed_worker_costs_no_sample(tmp_path: Path, trained: Recipe, parts: Parts) -> None:
-    recipe = prepared(tmp_path / "root", parts)
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        while not killed:
-            lines = lines_of(recipe)
-            step = lines[-1]["step"] if lines else 0
-            if EVERY < step < STEPS:
-                victim = next(iter(workers_of_train()), None)
-                if victim is not None:
-                    os.kill(victim, signal.SIGKILL)
-                    killed.append(step)
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=kill_one, daemon=True)
-    thread.start()
-    train.run(recipe)
-    assert killed, "the fault came too late to hit live work"
-    assert EVERY < killed[0] < STEPS
-    assert [line["step"] for line in lines_of(recipe)] == list(range(1, STEPS + 1))
-    undisturbed = [line["loss"] for line in lines_of(trained)]
-    np.testing.assert_allclose([line["loss"] for line in lines_of(recipe)], undisturbed, rtol=1e-4)
-
-
-def workers_of_train() -> list[int]:
-    """Process ids of Ray Train's workers on this machine."""
-    names = [(p.pid, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
-    return [pid for pid, name in names if "RayTrainWorker" in name]
 
 
 def test_depth_tables_are_named_where_one_is_missing(tmp_path: Path, parts: Parts) -> None:

@@ -225,6 +225,14 @@ def test_nodes_follow_from_actors_and_workers(recipe: Recipe, objects: dict[str,
     }
 
 
+def test_a_training_that_may_shrink_gets_nodes_for_its_fewest_and_most_workers(recipe: Recipe) -> None:
+    train = recipe.train.model_copy(update={"workers": (16, 32)})
+    (group,) = parsed(render(recipe.model_copy(update={"train": train}), Settings()))["train.yaml"]["spec"][
+        "rayClusterSpec"
+    ]["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 4)
+
+
 def test_a_stage_without_accelerators_gets_cpu_nodes(recipe: Recipe) -> None:
     pool = recipe.depth.pool.model_copy(update={"gpus": 0.0})
     plain = recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"pool": pool})})

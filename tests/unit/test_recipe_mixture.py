@@ -77,3 +77,23 @@ def test_a_fault_is_named_with_what_was_seen(mixture: Any, settings: dict[str, A
     with pytest.raises(RecipeError) as error:
         train(mixture, **settings)
     assert message in str(error.value)
+
+
+def test_a_run_may_have_as_many_workers_as_there_is_room_for() -> None:
+    elastic = train([entry("depth", weight=1)], workers=[1, 2])
+    assert list(elastic.possible_workers) == [1, 2] and elastic.most_workers == 2
+    fixed = train([entry("depth", weight=1)], workers=2)
+    assert list(fixed.possible_workers) == [2] and fixed.most_workers == 2
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [
+        ([2, 1], r"workers is \[2, 1\], expected \[fewest, most\]"),
+        ([2, 4], r"must both divide by every possible and allowed number of workers; 3 does not"),
+        ([0, 2], r"train\.workers"),
+    ],
+)
+def test_numbers_of_workers_that_cannot_be_are_refused(workers: list[int], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        train([entry("depth", weight=1)], workers=workers)

@@ -15,8 +15,10 @@ from workflows.store import open_root
 from workflows.train_board import FOLDER
 from workflows.train_log import TrainLog
 
-REPORT = StepReport(1.5, {"text": 0.5, "mask_bce": 0.25}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900)
-SKIPPED = StepReport(math.nan, {}, {}, math.nan, {"vqa": 8}, 900, skipped=("a",))
+REPORT = StepReport(
+    1.5, {"text": 0.5, "mask_bce": 0.25}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900, "0" * 16
+)
+SKIPPED = StepReport(math.nan, {}, {}, math.nan, {"vqa": 8}, 900, "0" * 16, skipped=("a",))
 
 
 def events(folder: Path) -> list[Event]:
@@ -32,7 +34,7 @@ def events(folder: Path) -> list[Event]:
 
 
 def test_every_term_is_there_at_its_step(tmp_path: Path) -> None:
-    log = TrainLog(open_root(str(tmp_path)), "run", 0)
+    log = TrainLog(open_root(str(tmp_path)), "run", 0, workers=2)
     log.add(1, REPORT, learning_rate=0.1, waited=0.5)
     log.add(2, SKIPPED, learning_rate=0.1, waited=0.5)
     log.write()
@@ -49,7 +51,7 @@ def test_every_term_is_there_at_its_step(tmp_path: Path) -> None:
 def test_a_resumed_run_takes_back_what_lies_behind_its_checkpoint(tmp_path: Path) -> None:
     root = open_root(str(tmp_path))
     for first in (0, 2):
-        log = TrainLog(root, "run", first)
+        log = TrainLog(root, "run", first, workers=2)
         log.add(first + 1, REPORT, learning_rate=0.1, waited=0.0)
         log.write()
     starts = [e for e in events(tmp_path / "runs" / "run" / FOLDER) if e.HasField("session_log")]

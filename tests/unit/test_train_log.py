@@ -18,8 +18,8 @@ from workflows import train_log
 from workflows.store import Root, open_root
 from workflows.train_log import TrainLog, paces, read_metrics, timed, watched
 
-REPORT = StepReport(1.5, {"text": 0.5}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900)
-SKIPPED = StepReport(math.nan, {"text": math.nan}, {}, math.nan, {"vqa": 8}, 900, skipped=("a", "b"))
+REPORT = StepReport(1.5, {"text": 0.5}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900, "0" * 16)
+SKIPPED = StepReport(math.nan, {"text": math.nan}, {}, math.nan, {"vqa": 8}, 900, "0" * 16, skipped=("a", "b"))
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def add(log: TrainLog, *steps: int, report: StepReport = REPORT) -> None:
 
 
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_its_time_goes_on(root: Root) -> None:
-    first = TrainLog(root, "run", 0)
+    first = TrainLog(root, "run", 0, workers=2)
     first.began -= 100
     add(first, 1, 2, 3, 4)
-    second = TrainLog(root, "run", 2)
+    second = TrainLog(root, "run", 2, workers=2)
     assert second.seconds == pytest.approx(100, abs=5)
     second.began -= 50
     add(second, 3)
@@ -47,7 +47,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_its_time_goes_on
 
 
 def test_a_skipped_step_is_in_the_log_and_the_log_is_json(root: Root) -> None:
-    add(TrainLog(root, "run", 0), 1, report=SKIPPED)
+    add(TrainLog(root, "run", 0, workers=2), 1, report=SKIPPED)
     text = Path(root.at("runs", "run", train_log.METRICS_NAME)).read_text()
     (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     assert line["skipped"] == ["a", "b"] and line["loss"] is None and line["gradient_norm"] is None
@@ -77,7 +77,7 @@ def test_who_watches_is_told_of_pace_and_of_skipped_steps(
     root: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(train_log, "LOG_EVERY_S", 0.0)
-    log = TrainLog(root, "run", 0)
+    log = TrainLog(root, "run", 0, workers=2)
     log.began -= 2
     add(log, 1)
     log.began -= 2
