@@ -40,12 +40,13 @@ from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
 from schemas.recipe import Recipe, TrainRecipe, section_digest
 from workflows import runtime
+from workflows.bell import bell_on_sigterm
 from workflows.checkpoints import Place, Uploads, last_whole, places
 from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
-from workflows.train_stop import Listener, Stop, bell_on_sigterm
+from workflows.train_stop import Listener, Stop
 from workflows.untrained import untrained
 
 # fields of `train` that change how a run is made and not what it makes, but for the rounding of sums: it goes on under

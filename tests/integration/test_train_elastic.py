@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,11 @@ def wait_for_workers(recipe: Recipe, count: int, since: int, seconds: float = 24
     raise AssertionError(f"no step after {since} by {count} workers within {seconds} s")
 
 
-def test_workers_come_and_go_and_the_samples_stay(tmp_path: Path, cluster: Cluster) -> None:
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+def test_workers_come_and_go_and_the_samples_stay(
+    tmp_path: Path, cluster: Cluster, record: Callable[..., None]
+) -> None:
     parts = tmp_path / "parts"
     tiny_parts(parts)
     steady = prepared(tmp_path / "steady", parts, **SIZES)
@@ -72,4 +76,4 @@ def test_workers_come_and_go_and_the_samples_stay(tmp_path: Path, cluster: Clust
     assert [line[:2] for line in series(recipe)] == [line[:2] for line in series(steady)]
     found, expected = ([loss for *_, loss in series(of)] for of in (recipe, steady))
     np.testing.assert_allclose(found, expected, rtol=2e-2)
-    assert {line["workers"] for line in lines_of(recipe)} == {1, 2}
+    record(steps=STEPS, announced_after=announced, saved_after=last[0].step, alone_from=alone, together_from=together)
