@@ -93,7 +93,8 @@ class _Keeping:
                 copies[key] = tensor.detach().to("cpu", copy=True)
             return copies[key]
 
-        self.files[path] = tree_map_only(Tensor, copied, state_dict)
+        # a torch.Size is a leaf: else it would come out as a plain tuple, and DeepSpeed asks it for its numel()
+        self.files[path] = tree_map_only(Tensor, copied, state_dict, is_leaf=lambda node: isinstance(node, torch.Size))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing import spawn
 
 from perceptio.model import PerceptioForConditionalGeneration
-from perceptio.train.checkpoint import Snapshot, load_checkpoint, to_universal, verified
+from perceptio.train.checkpoint import Snapshot, load_checkpoint, read_weights, to_universal, verified
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, set_trainable
 from tests.batches import BOTH, DEPTH, ENTRIES, MASKS, WEIGHTS, WORDS, batch_of
@@ -34,7 +34,7 @@ class Training:
         return f"stage-{self.stage}{'-lora' if self.lora else ''}"
 
 
-TRAININGS = [Training(stage, lora) for stage in (2, 3) for lora in (False, True)]
+TRAININGS = [Training(2, lora=False), Training(3, lora=True)]
 
 
 def work(rank: int, world: int, part: int, parts: dict[str, Path], out: Path) -> None:
@@ -117,5 +117,7 @@ def test_a_changing_number_of_workers_trains_alike(folder: Path, training: Train
     assert losses[-1] < losses[0]
     torch.testing.assert_close(losses, steady["losses"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(parts[-1]["rates"], steady["rates"])
+    saved = read_weights(verified(folder / "changing" / training.name / f"{len(WORLDS) - 1}"))
     for name in steady.keys() - {"losses", "rates"}:
+        torch.testing.assert_close(saved[name], parts[-1][name])
         assert torch.allclose(parts[-1][name], steady[name], atol=2e-4, rtol=1e-3), name
