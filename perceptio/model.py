@@ -10,11 +10,13 @@ Shape legend: B batch, T tokens, D hidden size, M masks, S SAM2's input side, P 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration, PreTrainedConfig
 from transformers.utils.hub import cached_file
@@ -230,9 +232,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
             "max_objects": max_objects,
             "depth_after_text": depth_after_text,
         }
-        for key in ("model_type", "architectures", "transformers_version"):
-            fields.pop(key, None)
-        model = cls(PerceptioConfig(**fields))
+        model = cls(_config(fields))
         for weight in model.parameters():  # and no buffer: rotary frequencies stay in fp32
             weight.data = weight.data.to(backbone.dtype)
         missing, unexpected = model.load_state_dict(backbone.state_dict(), strict=False)
@@ -246,8 +246,30 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         model.attach_codec(codec)
         return model, PerceptioProcessor.of(processor, model.config)
 
+    @classmethod
+    def of_shape(
+        cls, base: str | Path, sam2: str | Path, *, codes: int, **hub: Any
+    ) -> PerceptioForConditionalGeneration:
+        """The model that `from_parts` would make, on torch's meta device: every shape, and no weight in memory.
+
+        Only configurations are read. It has a row more for each spatial token even where the base has spare ones.
+        """
+        fields, _ = PreTrainedConfig.get_config_dict(str(base), **hub)
+        fields["text_config"] = fields["text_config"] | {"vocab_size": fields["text_config"]["vocab_size"] + codes + 3}
+        fields["sam2_config"] = json.loads((Path(sam2) / "config.json").read_text(encoding="utf-8"))
+        with init_empty_weights(include_buffers=False):
+            model = cls(_config(fields))
+        model.tie_weights()
+        return model
+
 
 AutoModelForImageTextToText.register(PerceptioConfig, PerceptioForConditionalGeneration)
+
+
+def _config(fields: Mapping[str, Any]) -> PerceptioConfig:
+    """Of a base's configuration, with ours in it."""
+    others = ("model_type", "architectures", "transformers_version")
+    return PerceptioConfig(**{name: value for name, value in fields.items() if name not in others})
 
 
 def _numbers(codec: DepthCodec, digits: int) -> list[str]:

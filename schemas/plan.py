@@ -42,6 +42,20 @@ class StagePlan(Section):
     usd: float | None = Field(description="of the machines for the suggested hours; none without their prices")
 
 
+class TrainingPlan(Section):
+    """What `train` holds on each worker before any activation: a worker's bytes at the most workers of the recipe."""
+
+    parameters: int = Field(ge=0)
+    trained: int = Field(ge=0)
+    workers: int = Field(ge=1)
+    zero_stage: int
+    precision: str
+    weights: int = Field(ge=0)
+    gradients: int = Field(ge=0)
+    optimizer: int = Field(ge=0)
+    offloaded: int = Field(ge=0, description="bytes of it that wait in the machine's memory instead")
+
+
 class Plan(Section):
     """A run's cost in advance. Stages run one after another, so the hours add up."""
 
@@ -63,6 +77,9 @@ class Plan(Section):
     machines_usd: float | None
     requests_usd: float | None
     storage_usd_per_month: float | None
+    training: TrainingPlan | None = Field(
+        default=None, description="none where the configurations of base and segmenter could not be read"
+    )
     notes: tuple[str, ...] = ()
 
     def stage(self, name: str) -> StagePlan:

@@ -147,6 +147,14 @@ class TrainRecipe(Section):
     publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the published weights; auto: as they were trained"
     )
+    preflight: bool = Field(
+        default=True,
+        description="before the first step one is taken on the run's heaviest micro-batches, and thrown away, so that"
+        " memory or room in model.max_length is missed then and not at step 9,000",
+    )
+    preflight_steps: Positive | None = Field(
+        default=None, description="look for them in so many steps, spread evenly; none: in all"
+    )
     max_failures: Annotated[int, Field(ge=0)] = 1
     max_skipped_steps: Positive = Field(
         default=3,

@@ -40,6 +40,7 @@ def recipe_in(folder: Path | str, parts: Path, **more: Any) -> Recipe:
         "model.starts_as": {},  # its tokens are of another tokenizer
         "model.sam2": str(parts / "sam2"),
         "model.max_objects": 2,
+        "train.preflight": False,  # it has tests of its own
         "evaluate.bootstrap": 20,
         "evaluate.batch_size": 4,
         "evaluate.max_new_tokens": 3,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.train.engine import start_engine
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, set_trainable
 from tests.batches import ENTRIES, WEIGHTS, batch_of, without_images
@@ -94,8 +95,7 @@ def _trained(run: Run, share: tuple[Micro, ...], parts: dict[str, Path], out: Pa
     }
     # plain descent: Adam would hide a gradient that is wrong by a factor
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=RATE)
-    engine: Any
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+    engine = start_engine(objective, optimizer, config)
     sources = [entry.source for entry in ENTRIES]
     if run.spoilt:
         nan = float("nan") if dist.get_rank() == 0 else 1.0

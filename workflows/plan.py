@@ -9,7 +9,8 @@ Needs   what the stages need, for some minutes
 
 It plans the data stages, from nothing to samples/, one after another as `perceptio run` does them. Rates are those of
 the machine that it runs on: plan for a cluster on one machine of its kind. Images that stand twice far from each other
-are not found in a sample: a plan counts them as kept.
+are not found in a sample: a plan counts them as kept. Of training it reckons the memory of weights, gradients and
+optimizer, from the model's shape.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from schemas.recipe import Recipe
 from workflows.commits import Table
 from workflows.plan_reckon import reckon
 from workflows.plan_sample import POOLS, census, run_sample
+from workflows.plan_train import plan_training
 from workflows.planned import read_plan
 from workflows.runtime import attempt_id
 from workflows.store import Root, StageError, open_root
@@ -55,7 +57,7 @@ def run(recipe: Recipe) -> Plan:
     folder = posixpath.join("plan", attempt_id())
     try:
         listing, sampled = run_sample(recipe, posixpath.join(recipe.root, folder), counted)
-        plan = reckon(recipe, counted, listing, sampled, _listings(root, folder, recipe), load)
+        plan = _with_training(recipe, reckon(recipe, counted, listing, sampled, _listings(root, folder, recipe), load))
     finally:
         _remove(root, folder)
     root.write(plan.model_dump_json(indent=1).encode(), PLAN_NAME)
@@ -72,6 +74,14 @@ def compare(recipe: Recipe) -> list[Compared]:
     if plan is None:
         raise StageError(f"{root.at(PLAN_NAME)}: there is no plan of this recipe: run `plan` before the run")
     return list(_compared(recipe, root, plan))
+
+
+def _with_training(recipe: Recipe, plan: Plan) -> Plan:
+    try:
+        return plan.model_copy(update={"training": plan_training(recipe)})
+    except OSError as error:
+        note = f"the memory of train is not planned, a configuration could not be read: {error}"
+        return plan.model_copy(update={"notes": (*plan.notes, note)})
 
 
 def _compared(recipe: Recipe, root: Root, plan: Plan) -> Iterator[Compared]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from schemas.plan import Plan
+from schemas.plan import Plan, TrainingPlan
 from workflows.plan import Compared
 
 WIDE = 220  # columns where the output is no terminal, so that nothing is cut
@@ -77,6 +77,8 @@ def _totals(plan: Plan) -> Iterator[str]:
     yield f"storage: {_size(plan.bytes)}, {_usd(plan.storage_usd_per_month)} USD a month"
     yield f"requests, on S3: {plan.puts:,} PUT, {plan.gets:,} GET, {_usd(plan.requests_usd)} USD"
     yield f"machines: {_usd(plan.machines_usd)} USD"
+    if plan.training is not None:
+        yield _training(plan.training)
     if plan.machines_usd is None or plan.requests_usd is None:
         yield "no money where plan.machines or plan.prices of the recipe name no price"
     changed = [stage for stage in plan.stages if stage.suggested_actors != stage.actors and stage.stage != "codebook"]
@@ -84,6 +86,17 @@ def _totals(plan: Plan) -> Iterator[str]:
         yield f"suggestion: --set {stage.stage}.pool.max_actors={stage.suggested_actors}"
     for note in plan.notes:
         yield f"note: {note}"
+
+
+def _training(plan: TrainingPlan) -> str:
+    on_device = plan.weights + plan.gradients + plan.optimizer
+    elsewhere = f", {_size(plan.offloaded)} more in the machine's memory" if plan.offloaded else ""
+    return (
+        f"train: {plan.parameters:,} parameters, {plan.trained:,} trained; each of {plan.workers} workers at ZeRO stage"
+        f" {plan.zero_stage} holds {_size(on_device)} (weights {_size(plan.weights)}, gradients"
+        f" {_size(plan.gradients)}, optimizer {_size(plan.optimizer)}){elsewhere}; activations come on top, which the"
+        " pre-flight of `train` measures"
+    )
 
 
 def _hours(hours: float) -> str:

@@ -15,8 +15,6 @@ import logging
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +31,27 @@ from ray.train.v2.api.config import ScalingConfig  # to a type checker ray.train
 from perceptio.data.mixture import Mixture
 from perceptio.data.shards import SampleTable, ShardError
 from perceptio.model import PerceptioForConditionalGeneration
-from perceptio.train.checkpoint import Saved, load_checkpoint, read_weights, set_weights, to_universal
 from perceptio.train.feed import Feed, Samples, mixture_of
-from perceptio.train.optim import computes_bf16, deepspeed_config, optimizer_and_schedule, settled_precision
-from perceptio.train.step import Objective, train_step
-from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
-from schemas.recipe import Recipe, TrainRecipe, section_digest
+from perceptio.train.optim import computes_bf16, settled_precision
+from perceptio.train.step import train_step
+from perceptio.vlm.backbone import merge_lora
+from schemas.recipe import Recipe, section_digest
 from workflows import runtime
 from workflows.bell import bell_on_sigterm
 from workflows.checkpoints import Place, Uploads, last_whole, places
 from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
+from workflows.train_engine import build, engine_of
 from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
+from workflows.train_preflight import preflight
 from workflows.train_stop import Listener, Stop
-from workflows.untrained import untrained
 
 # fields of `train` that change how a run is made and not what it makes, but for the rounding of sums: it goes on under
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
 HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every"}
+HOW |= {"preflight", "preflight_steps"}
 
 log = logging.getLogger(__name__)
 
@@ -155,20 +154,15 @@ def _work(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(train.threads)
-    torch.manual_seed(recipe.seed)
-    model, processor = _model(recipe, root)
-    samples = Samples.open(recipe, processor, world=world)
-    feed = Feed(samples, model.segmenter.sam2.config.image_size)
-    packed_to = recipe.model.max_length if train.pack else None
-    if train.recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
-    objective = Objective(model, train.losses, len(train.mixture), packed_to=packed_to)
     found, attempt = _places(root, config["run"])
+    if train.preflight and not found:
+        preflight(recipe, root, config["run"], train)
+    objective, processor = build(recipe, root)
+    samples = Samples.open(recipe, processor, world=world)
+    feed = Feed(samples, objective.model.segmenter.sam2.config.image_size)
     with last_whole(root, config["run"], found, _all_say) as saved:
         step = 0 if saved is None else samples.mixture.step_of(saved.state)
-        engine, schedule = _engine(objective, train, world, saved, step)
-    assert model.codec is not None
-    model.codec.to(engine.device)
+        engine, schedule = engine_of(objective, train, world, saved, step)
     uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
     steps = TrainLog(root, config["run"], step, workers=world) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
@@ -199,25 +193,7 @@ def _work(config: dict[str, Any]) -> None:
         if stop is Stop.RUN and step < train.steps:
             return
     made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
-    _publish(recipe, root, made, engine, model, processor, rank)
-
-
-def _model(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGeneration, Any]:
-    """The untrained model, with the recipe's parts set to train."""
-    part = recipe.model
-    model, processor = untrained(recipe, root)
-    lora = part.lora
-    if lora is not None and part.language == "lora":
-        add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.targets)
-    set_trainable(
-        model,
-        vision=part.train_vision,
-        projector=part.train_projector,
-        language=part.language,
-        embeddings=part.train_embeddings,
-    )
-    model.segmenter.set_trainable(projector=part.train_mask_projector, decoder=part.train_mask_decoder)
-    return model, processor
+    _publish(recipe, root, made, engine, objective.model, processor, rank)
 
 
 def _mixture(recipe: Recipe) -> Mixture:
@@ -238,50 +214,6 @@ def _all_say(own: bool) -> bool:
     said = torch.tensor(int(own), device=ray.train.torch.get_device())
     dist.all_reduce(said, dist.ReduceOp.MIN)
     return bool(said.item())
-
-
-def _engine(objective: Objective, train: TrainRecipe, world: int, saved: Saved | None, step: int) -> tuple[Any, Any]:
-    """DeepSpeed's engine and the schedule of its rates, as they were when the checkpoint was saved, before `step`."""
-    import deepspeed  # in the workers alone: it takes seconds, and prints as it comes
-
-    another_stage = saved is not None and saved.zero_stage != train.zero_stage
-    if saved is not None and another_stage:
-        log.warning(
-            "train.zero_stage is %d, the checkpoint of step %d was saved at stage %d: its weights go on, the optimizer"
-            " starts anew",
-            train.zero_stage,
-            step,
-            saved.zero_stage,
-        )
-        set_weights(objective.model, read_weights(saved))
-    optimizer, schedule = optimizer_and_schedule(objective, train, step=step if another_stage else 0)
-    universal = saved is not None and not another_stage and saved.world != world
-    engine, *_ = deepspeed.initialize(
-        model=objective,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=deepspeed_config(train, world, universal=universal),
-    )
-    if saved is not None and universal:
-        log.info("the checkpoint of step %d was saved by %d workers, %d go on from it", step, saved.world, world)
-        with _universal(saved) as folder:
-            load_checkpoint(engine, folder)
-    elif saved is not None and not another_stage:
-        load_checkpoint(engine, saved.folder)
-    return engine, schedule
-
-
-@contextmanager
-def _universal(saved: Saved) -> Iterator[Path]:
-    """What `to_universal` writes, once on each machine, in a folder that nobody else may write to."""
-    first = ray.train.get_context().get_local_rank() == 0
-    with tempfile.TemporaryDirectory(prefix="perceptio-universal-") if first else nullcontext() as own:
-        if own is not None:
-            to_universal(saved, Path(own))
-        machine, known = ray.get_runtime_context().get_node_id(), [("", "")] * dist.get_world_size()
-        dist.all_gather_object(known, (machine, own or ""))
-        yield next(Path(folder) for where, folder in known if where == machine and folder)
-        dist.barrier()  # before it goes
 
 
 def _publish(

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from perceptio.train.step import StepReport
 from workflows.store import Root
 from workflows.train_board import Board
+from workflows.train_preflight import described, read_preflight
 
 METRICS_NAME, RECIPE_NAME = "metrics.jsonl", "recipe.json"  # in ROOT/runs/RUN
 LOG_EVERY_S = 15.0
@@ -115,11 +116,14 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
         TextColumn("{task.completed} of {task.total} steps, {task.fields[note]}"),
     )
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-    task, told = bar.add_task("train", total=steps, note="starting"), 0
+    task, told, flown = bar.add_task("train", total=steps, note="starting"), 0, False
     if console.is_terminal:
         bar.start()
     try:
         while not done.wait(1.0):
+            if not flown and (found := read_preflight(root, run)) is not None:
+                log.info("pre-flight: %s", described(found))
+                flown = True
             lines = read_metrics(root, run)
             if not lines:
                 continue

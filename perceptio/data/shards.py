@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -42,16 +42,24 @@ class SampleTable:
     """The rows of ROOT/samples/SOURCE, `source` being the manifest's. Safe to use from several threads.
 
     `cached` is the number of row groups kept in memory, the least recently used go first: it must hold those that are
-    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). Raises ShardError where a file is
-    missing, or its footer differs from the manifest or from the schema of samples.
+    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). With `columns` only those are read.
+    Raises ShardError where a file is missing, or its footer differs from the manifest or from the schema of samples.
     """
 
-    def __init__(self, root: str, manifest: Manifest, *, cached: int = 8, threads: int = 2) -> None:
+    def __init__(
+        self,
+        root: str,
+        manifest: Manifest,
+        *,
+        cached: int = 8,
+        threads: int = 2,
+        columns: Sequence[str] | None = None,
+    ) -> None:
         if cached < 1:
             raise ValueError(f"cached: got {cached} row groups, expected at least 1")
         self._fs, path = filesystem(root)
         self._folder = posixpath.join(path, "samples", manifest.source)
-        self.manifest, self.cached = manifest, cached
+        self.manifest, self.cached, self._columns = manifest, cached, None if columns is None else list(columns)
         self.bytes_read = 0  # from the store: footers and row groups
         self._lock = Lock()
         self._groups: OrderedDict[int, Future[pa.Table]] = OrderedDict()
@@ -66,7 +74,9 @@ class SampleTable:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"samples-{manifest.source}")
 
     @classmethod
-    def open(cls, root: str, source: str, *, cached: int = 8, threads: int = 2) -> SampleTable:
+    def open(
+        cls, root: str, source: str, *, cached: int = 8, threads: int = 2, columns: Sequence[str] | None = None
+    ) -> SampleTable:
         """The finished table of a source; raises ShardError where it has no manifest yet."""
         fs, path = filesystem(root)
         file = posixpath.join(path, "samples", source, MANIFEST_NAME)
@@ -74,7 +84,7 @@ class SampleTable:
             text = read_bytes(fs, file)
         except FileNotFoundError:
             raise ShardError(f"{file} does not exist, so the table is not finished: run `assemble` first") from None
-        return cls(root, Manifest.model_validate_json(text), cached=cached, threads=threads)
+        return cls(root, Manifest.model_validate_json(text), cached=cached, threads=threads, columns=columns)
 
     def __len__(self) -> int:
         return sum(group.rows for group in self.row_groups)
@@ -129,8 +139,9 @@ class SampleTable:
         footer = self._footers[group.file]
         with _Counted(self._fs.open(group.file, "rb", cache_type="none")) as stream:
             try:
-                # one read for all columns: the store is asked once a row group
-                return pq.ParquetFile(stream, metadata=footer, pre_buffer=True).read_row_group(group.index)
+                # one read for columns that lie together: the store is asked once a row group for all of them
+                file = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
+                return file.read_row_group(group.index, columns=self._columns)
             except (pa.ArrowException, OSError) as error:
                 if passes(error):
                     raise

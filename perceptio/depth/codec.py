@@ -104,7 +104,7 @@ class DepthCodec:
         return self._picture(self.vectors_KD[codes_BN.to(self.vectors_KD.device).long()])
 
     def depths_K(self) -> Tensor:
-        """The inverse depth in [0, 1] that each code stands for by itself, (K,): the mean of a map of that code alone."""
+        """The inverse depth in [0, 1] that each code stands for, (K,): the mean of a map of that code alone."""
         codes_K = torch.arange(self.codes, device=self.vectors_KD.device)
         return self.decode(codes_K.unsqueeze(1).expand(-1, self.tokens)).mean((1, 2))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from perceptio.data.collator import Batch, Item, collate, count_image_tokens, load_item
 from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
 from perceptio.data.shards import SampleTable
-from perceptio.data.template import render
+from perceptio.data.template import Dialogue, render
 from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.sam2_image import preprocess
 from schemas.recipe import Recipe, TrainRecipe
+
+SIZED = ("id", "width", "height", "turns", "masks", "codes")  # columns that a dialogue depends on
 
 
 def mixture_of(train: TrainRecipe, tables: Sequence[SampleTable], *, seed: int) -> Mixture:
@@ -55,12 +58,15 @@ class Samples:
     processor: PerceptioProcessor
 
     @classmethod
-    def open(cls, recipe: Recipe, processor: PerceptioProcessor, *, world: int = 1) -> Samples:
+    def open(
+        cls, recipe: Recipe, processor: PerceptioProcessor, *, world: int = 1, columns: Sequence[str] | None = None
+    ) -> Samples:
         """Those of the tables under the recipe's root, whose caches suit one of `world` workers.
 
-        Raises ShardError for a table that is not finished or not whole, ValueError as `mixture_of` does.
+        With `columns` of SIZED no more is read: enough for `dialogue`, not for `item`. Raises ShardError for a table
+        that is not finished or not whole, ValueError as `mixture_of` does.
         """
-        tables = [SampleTable.open(recipe.root, entry.source) for entry in recipe.train.mixture]
+        tables = [SampleTable.open(recipe.root, entry.source, columns=columns) for entry in recipe.train.mixture]
         mixture = mixture_of(recipe.train, tables, seed=recipe.seed)
         for table in tables:
             table.cached = mixture.row_groups_in_use(world)
@@ -68,15 +74,31 @@ class Samples:
 
     def item(self, position: int) -> Item:
         """The decoded sample at a position of the mixture."""
-        slot, train = self.mixture.at(position), self.recipe.train
+        source, row = self._row(position)
         key = (self.recipe.seed, position)
-        row = self.tables[slot.source].row(slot.row_group, slot.row)
-        dialogue = render(
+        return load_item(row, self._rendered(source, row, position), source=source, key=key)
+
+    def dialogue(self, position: int) -> Dialogue:
+        """What is said in the sample at a position, of which no image is decoded."""
+        return self._rendered(*self._row(position), position)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        for table in self.tables:
+            table.close()
+
+    def _row(self, position: int) -> tuple[int, dict[str, Any]]:
+        slot = self.mixture.at(position)
+        return slot.source, self.tables[slot.source].row(slot.row_group, slot.row)
+
+    def _rendered(self, source: int, row: Mapping[str, Any], position: int) -> Dialogue:
+        train = self.recipe.train
+        return render(
             row,
-            train.mixture[slot.source],
+            train.mixture[source],
             self.processor.vocabulary,
             self.processor.tokenizer,
-            key=key,
+            key=(self.recipe.seed, position),
             max_objects=self.recipe.model.max_objects,
             image_tokens=count_image_tokens(self.processor, row["height"], row["width"]),
             depth_tokens=self.processor.depth_tokens,
@@ -85,7 +107,6 @@ class Samples:
             depth_after_text=self.recipe.model.depth_after_text,
             plain=train.losses.plain,
         )
-        return load_item(row, dialogue, source=slot.source, key=key)
 
 
 @dataclass(frozen=True)
@@ -98,17 +119,17 @@ class Feed:
     def batches(self, step: int, *, rank: int, world: int, micro_batch: int) -> list[Batch]:
         """The micro-batches of `rank` in global batch `step`."""
         positions = self.samples.mixture.positions_of(step, rank, world)
-        items = [self.samples.item(position) for position in positions]
-        return [
-            collate(
-                items[first : first + micro_batch],
-                processor=self.samples.processor,
-                sam2_pixels=preprocess,
-                sam2_size=self.sam2_size,
-                max_length=self.samples.recipe.model.max_length,
-            )
-            for first in range(0, len(items), micro_batch)
-        ]
+        return [self.batch(positions[first : first + micro_batch]) for first in range(0, len(positions), micro_batch)]
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The micro-batch of some positions of the mixture."""
+        return collate(
+            [self.samples.item(position) for position in positions],
+            processor=self.samples.processor,
+            sam2_pixels=preprocess,
+            sam2_size=self.sam2_size,
+            max_length=self.samples.recipe.model.max_length,
+        )
 
     def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
         """`batches` of steps [first, last), each made while the one before is trained on."""

@@ -24,10 +24,10 @@ REPEATS, WARM_UP, BAR = 9, 2, 0.1
 
 
 def _work(config: dict[str, Any]) -> None:
-    import deepspeed
     import torch
 
     from perceptio.model import PerceptioForConditionalGeneration
+    from perceptio.train.engine import start_engine
     from perceptio.train.optim import deepspeed_config, optimizer_and_schedule
     from perceptio.train.step import Objective
     from perceptio.vlm.backbone import set_trainable
@@ -47,9 +47,7 @@ def _work(config: dict[str, Any]) -> None:
     set_trainable(model, vision=False, projector=True, language="full", embeddings=True)
     objective = Objective(model, train.losses, 1)
     optimizer, schedule = optimizer_and_schedule(objective, train)
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, 1)
-    )
+    engine = start_engine(objective, optimizer, deepspeed_config(train, 1), schedule)
     uploads = Uploads(open_root(str(folder)), "bench", 1)
     rows = []
     for number in range(REPEATS + WARM_UP):

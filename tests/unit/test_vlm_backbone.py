@@ -134,7 +134,9 @@ def test_each_code_can_start_as_an_old_token_of_its_own(tied: bool) -> None:
         assert (codes - table.weight[like]).abs().max() < near < (codes - table.weight[like[::-1]]).abs().max()
 
 
-@pytest.mark.parametrize("more", [{"codes_start_as": ["a"]}, {"starts_as": {"code": "a"}, "codes_start_as": ["a"] * CODES}])
+@pytest.mark.parametrize(
+    "more", [{"codes_start_as": ["a"]}, {"starts_as": {"code": "a"}, "codes_start_as": ["a"] * CODES}]
+)
 def test_codes_are_named_once_and_all(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"codes_start_as: \d+ tokens and starts_as has \[.*\], expected one for each"):
         extend_vocabulary(build(rows=OLD), tokenizer(), CODES, **more)

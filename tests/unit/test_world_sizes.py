@@ -15,6 +15,7 @@ from torch.multiprocessing import spawn
 
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.checkpoint import Snapshot, load_checkpoint, read_weights, to_universal, verified
+from perceptio.train.engine import start_engine
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, set_trainable
 from tests.batches import BOTH, DEPTH, ENTRIES, MASKS, WEIGHTS, WORDS, batch_of
@@ -81,8 +82,7 @@ def run(training: Training, part: int, parts: dict[str, Path], out: Path, *, ste
         if rank == 0:
             to_universal(verified(before), universal)
         dist.barrier()
-    engine: Any
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    engine = start_engine(objective, optimizer, config, schedule)
     if part:
         load_checkpoint(engine, universal)
     reports = [train_step(engine, batches, [entry.source for entry in ENTRIES]) for _ in range(steps)]
