@@ -147,6 +147,9 @@ class TrainRecipe(Section):
     publish_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the published weights; auto: as they were trained"
     )
+    room_within_s: Annotated[float, Field(ge=0)] = Field(
+        default=600.0, description="a cluster may take so long to have room for the fewest workers, then `train` ends"
+    )
     preflight: bool = Field(
         default=True,
         description="before the first step one is taken on the run's heaviest micro-batches, and thrown away, so that"

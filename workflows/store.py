@@ -77,7 +77,7 @@ class Root:
     def write(self, data: bytes, *parts: str) -> None:
         """Writes or replaces a file: readers see all of it or nothing."""
         path = self.at(*parts)
-        if self._local:
+        if self.is_local:
             os.replace(_draft(path, data), path)  # noqa: PTH105
         else:
             self._ask("writing", path, lambda: self.fs.pipe_file(path, data, chunksize=PART_BYTES))
@@ -85,7 +85,7 @@ class Root:
     def upload(self, local: Path, *parts: str) -> None:
         """Copies a local file of any size to the store, or replaces one: readers see all of it or nothing."""
         path = self.at(*parts)
-        if self._local:
+        if self.is_local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             draft = Path(f"{path}~{secrets.token_hex(4)}")
             shutil.copyfile(local, draft)
@@ -196,7 +196,7 @@ class Root:
     def _create(self, data: bytes, path: str) -> bool:
         """True if this very try made the file; False if it stood, be it from a try of ours whose answer was lost."""
         try:
-            if self._local:
+            if self.is_local:
                 draft = _draft(path, data)
                 try:
                     os.link(draft, path)  # as exclusive as O_EXCL, and never half written
@@ -218,7 +218,7 @@ class Root:
 
     def _ask(self, doing: str, path: str, call: Callable[[], Found]) -> Found:
         """What the store answers. Raises StageError where it fails for long or refuses, OSError as local disks do."""
-        if self._local:
+        if self.is_local:
             return call()
         what = f"{doing} {self.fs.unstrip_protocol(path)}"
         try:
@@ -229,7 +229,7 @@ class Root:
             raise StageError(f"{what}: refused ({error}): give these keys the right to do so, or use others") from error
 
     @property
-    def _local(self) -> bool:
+    def is_local(self) -> bool:
         return "file" in self.fs.protocol
 
 

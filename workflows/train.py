@@ -45,19 +45,23 @@ from workflows.store import Root, StageError, open_root
 from workflows.train_engine import build, engine_of
 from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
 from workflows.train_preflight import preflight
+from workflows.train_room import require_disk, require_workers
 from workflows.train_stop import Listener, Stop
 
 # fields of `train` that change how a run is made and not what it makes, but for the rounding of sums: it goes on under
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
 HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every"}
-HOW |= {"preflight", "preflight_steps"}
+HOW |= {"preflight", "preflight_steps", "room_within_s", "resize_every_s"}
 
 log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> None:
-    """Trains, resumes, or leaves a finished model alone; raises StageError where an input is missing or another's."""
+    """Trains, resumes, or leaves a finished model alone.
+
+    Raises StageError where an input is missing or another's, or there is no room for workers or checkpoints.
+    """
     root = open_root(recipe.root)
     made_from = inputs(recipe, root)
     standing = root.manifest("model")
@@ -69,7 +73,9 @@ def run(recipe: Recipe) -> None:
         log.info("mixture: %s", _mixture(recipe).describe())
     except (ValueError, ShardError) as error:
         raise StageError(f"train: {error}") from error
+    require_disk(recipe, root)
     runtime.start(recipe)
+    require_workers(recipe)
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     train = recipe.train
     if train.precision.startswith("bf16") and not train.gpus_per_worker and not computes_bf16(torch.device("cpu")):
