@@ -270,9 +270,14 @@ def report(
 
 
 @app.command()
-def doctor(recipe: RecipeOption = "rooms", root: RootOption = None, overrides: SetOption = None) -> None:
+def doctor(
+    recipe: RecipeOption = "rooms",
+    root: RootOption = None,
+    overrides: SetOption = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Check what accelerators do instead, by doing it.")] = False,
+) -> None:
     """Checks the machine: versions, CPUs, memory, disk, port, store; says what is missing."""
-    _stage("doctor", _load(recipe, root, overrides))
+    _stage("doctor_gpu" if gpu else "doctor", _load(recipe, root, overrides))
 
 
 @app.command()
