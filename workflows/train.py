@@ -45,7 +45,8 @@ from workflows.checkpoints import Place, Uploads, last_whole, places
 from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
-from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
+from workflows.train_log import RECIPE_NAME, TrainLog, read_metrics, timed, watched
+from workflows.train_shares import shares_table
 from workflows.train_stop import Listener, Stop
 from workflows.untrained import untrained
 
@@ -67,7 +68,8 @@ def run(recipe: Recipe) -> None:
         log.info("model: complete")
         return
     try:
-        log.info("mixture: %s", _mixture(recipe).describe())
+        mixture = _mixture(recipe)
+        log.info("mixture: %s", mixture.describe())
     except (ValueError, ShardError) as error:
         raise StageError(f"train: {error}") from error
     runtime.start(recipe)
@@ -93,6 +95,7 @@ def run(recipe: Recipe) -> None:
             step = max(place.step for place in places(root, name))
             raise StageError(f"train: stopped by SIGTERM after step {step} of {train.steps}: run it again to go on")
     require(root, "model", stage="train")
+    log.info("train: %s", shares_table(mixture, read_metrics(root, name)))
 
 
 def _fit(recipe: Recipe, root: Root, config: dict[str, Any]) -> None:
@@ -170,7 +173,7 @@ def _work(config: dict[str, Any]) -> None:
     assert model.codec is not None
     model.codec.to(engine.device)
     uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
-    steps = TrainLog(root, config["run"], step, workers=world) if rank == 0 else None
+    steps = TrainLog(root, config["run"], step, workers=world, mixture=samples.mixture) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
     losses: list[float] = []  # of the steps since the checkpoint before
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last

@@ -49,3 +49,7 @@ def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     whole = sum(line["samples"].values())
     for source, count in line["samples"].items():
         yield f"share/{source}", count / whole
+    for source, of in line["mixture"].items():
+        yield f"share_so_far/{source}", of["share"]
+        yield f"share_asked/{source}", of["asked"]
+        yield f"passes/{source}", of["passes"]

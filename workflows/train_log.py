@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from perceptio.data.mixture import Mixture
 from perceptio.train.step import StepReport
 from workflows.store import Root
 from workflows.train_board import Board
+from workflows.train_shares import counted, shares
 
 METRICS_NAME, RECIPE_NAME = "metrics.jsonl", "recipe.json"  # in ROOT/runs/RUN
 LOG_EVERY_S = 15.0
@@ -31,9 +33,10 @@ Item = TypeVar("Item")
 class TrainLog:
     """Appends one line a step to ROOT/runs/RUN/metrics.jsonl; a resumed run cuts what lies behind its checkpoint."""
 
-    def __init__(self, root: Root, run: str, first_step: int, *, workers: int) -> None:
-        self.root, self.place, self.workers = root, ("runs", run, METRICS_NAME), workers
+    def __init__(self, root: Root, run: str, first_step: int, *, workers: int, mixture: Mixture) -> None:
+        self.root, self.place, self.workers, self.mixture = root, ("runs", run, METRICS_NAME), workers, mixture
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
+        self.samples = counted(self.lines)
         self.board = Board(root, run, first_step)
         self.before = self.seconds  # of the attempts that this one goes on from
         self.began, self.next_write = time.monotonic(), 0.0
@@ -51,7 +54,8 @@ class TrainLog:
         said = dataclasses.asdict(report)
         if report.skipped:  # JSON knows no NaN
             said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}
-        self.lines.append(line | said)
+        self.samples.update(report.samples)
+        self.lines.append(line | said | {"mixture": shares(self.mixture, step, self.samples)})
         self.board.add(self.lines[-1])
         if time.monotonic() >= self.next_write:
             self.write()

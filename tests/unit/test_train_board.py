@@ -11,6 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from perceptio.train.step import StepReport
+from tests.mixtures import vqa_and_boxes
 from workflows.store import open_root
 from workflows.train_board import FOLDER
 from workflows.train_log import TrainLog
@@ -34,7 +35,7 @@ def events(folder: Path) -> list[Event]:
 
 
 def test_every_term_is_there_at_its_step(tmp_path: Path) -> None:
-    log = TrainLog(open_root(str(tmp_path)), "run", 0, workers=2)
+    log = TrainLog(open_root(str(tmp_path)), "run", 0, workers=2, mixture=vqa_and_boxes())
     log.add(1, REPORT, learning_rate=0.1, waited=0.5)
     log.add(2, SKIPPED, learning_rate=0.1, waited=0.5)
     log.write()
@@ -45,13 +46,15 @@ def test_every_term_is_there_at_its_step(tmp_path: Path) -> None:
     assert seen["run/loss"] == {1: 1.5} and seen["run/gradient_norm"] == {1: 2.0}
     assert seen["loss/text"] == {1: 0.5} and seen["text/vqa"] == {1: 0.5} and seen["loss/mask_bce"] == {1: 0.25}
     assert seen["share/vqa"] == {1: 0.75, 2: 1.0} and seen["share/boxes"] == {1: 0.25}
+    assert seen["share_so_far/vqa"] == {1: 0.75, 2: 0.875} and seen["share_asked/vqa"] == {1: 0.75, 2: 0.75}
+    assert seen["passes/vqa"] == pytest.approx({1: 0.6, 2: 1.4}) and seen["passes/boxes"] == {1: 0.5, 2: 0.5}
     assert seen["run/learning_rate"] == pytest.approx({1: 0.1, 2: 0.1}) and seen["run/tokens"] == {1: 900, 2: 900}
 
 
 def test_a_resumed_run_takes_back_what_lies_behind_its_checkpoint(tmp_path: Path) -> None:
     root = open_root(str(tmp_path))
     for first in (0, 2):
-        log = TrainLog(root, "run", first, workers=2)
+        log = TrainLog(root, "run", first, workers=2, mixture=vqa_and_boxes())
         log.add(first + 1, REPORT, learning_rate=0.1, waited=0.0)
         log.write()
     starts = [e for e in events(tmp_path / "runs" / "run" / FOLDER) if e.HasField("session_log")]

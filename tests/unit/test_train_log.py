@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from perceptio.train.step import StepReport
+from tests.mixtures import vqa_and_boxes
 from workflows import train_log
 from workflows.store import Root, open_root
 from workflows.train_log import TrainLog, paces, read_metrics, timed, watched
@@ -34,10 +35,10 @@ def add(log: TrainLog, *steps: int, report: StepReport = REPORT) -> None:
 
 
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_its_time_goes_on(root: Root) -> None:
-    first = TrainLog(root, "run", 0, workers=2)
+    first = TrainLog(root, "run", 0, workers=2, mixture=vqa_and_boxes())
     first.began -= 100
     add(first, 1, 2, 3, 4)
-    second = TrainLog(root, "run", 2, workers=2)
+    second = TrainLog(root, "run", 2, workers=2, mixture=vqa_and_boxes())
     assert second.seconds == pytest.approx(100, abs=5)
     second.began -= 50
     add(second, 3)
@@ -47,7 +48,7 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_its_time_goes_on
 
 
 def test_a_skipped_step_is_in_the_log_and_the_log_is_json(root: Root) -> None:
-    add(TrainLog(root, "run", 0, workers=2), 1, report=SKIPPED)
+    add(TrainLog(root, "run", 0, workers=2, mixture=vqa_and_boxes()), 1, report=SKIPPED)
     text = Path(root.at("runs", "run", train_log.METRICS_NAME)).read_text()
     (line,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     assert line["skipped"] == ["a", "b"] and line["loss"] is None and line["gradient_norm"] is None
@@ -77,7 +78,7 @@ def test_who_watches_is_told_of_pace_and_of_skipped_steps(
     root: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(train_log, "LOG_EVERY_S", 0.0)
-    log = TrainLog(root, "run", 0, workers=2)
+    log = TrainLog(root, "run", 0, workers=2, mixture=vqa_and_boxes())
     log.began -= 2
     add(log, 1)
     log.began -= 2
