@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a training run: each loss term, in all and by data set, rates, pace and shares.
+"""TensorBoard's event files of a training run: each loss term, in all and by data set, rates, seconds and shares.
 
 tensorboard --logdir ROOT/runs
 """
@@ -41,6 +41,8 @@ def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name in ("loss", "gradient_norm", "learning_rate", "waited", "tokens"):
         if line[name] is not None:
             yield f"run/{name}", line[name]
+    for phase, taken in line["times"].items():
+        yield f"seconds/{phase}", taken
     for term, value in line["terms"].items():
         yield f"loss/{term}", value
     for source, terms in line["by_source"].items():

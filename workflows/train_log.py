@@ -52,6 +52,7 @@ class TrainLog:
         line = {"step": step, "workers": self.workers, "seconds": seconds, "waited": round(waited, 4)}
         line["learning_rate"] = learning_rate
         said = dataclasses.asdict(report)
+        said["times"] = {phase: round(taken, 5) for phase, taken in report.times.items()}
         if report.skipped:  # JSON knows no NaN
             said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}
         self.samples.update(report.samples)
@@ -80,16 +81,20 @@ def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:
 
 
 def paces(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Samples and tokens a second and the share of the time that data was waited for, over some lines but the first.
+    """Samples and tokens a second, and shares of the time, over some lines but the first; {} of fewer than two.
 
-    {} of fewer than two. A skipped step counts: it was computed.
+    Shares are of the wait for data and of each phase of a step on rank 0 (see `Stopwatch`); what they leave is sums
+    over ranks, the log, checkpoints. A skipped step counts: it was computed.
     """
     seconds = lines[-1]["seconds"] - lines[0]["seconds"] if len(lines) > 1 else 0.0
     if seconds <= 0:
         return {}
     samples = sum(sum(line["samples"].values()) for line in lines[1:])
     tokens, waited = (sum(line[name] for line in lines[1:]) for name in ("tokens", "waited"))
-    return {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "data_wait": waited / seconds}
+    found = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "data_wait": waited / seconds}
+    for phase in lines[-1].get("times", {}):  # lines of an older version have none
+        found[phase] = sum(line.get("times", {}).get(phase, 0.0) for line in lines[1:]) / seconds
+    return found
 
 
 def read_metrics(root: Root, run: str) -> list[dict[str, Any]]:
@@ -161,7 +166,9 @@ def _pace(lines: Sequence[Mapping[str, Any]], steps: int) -> str:
         return ""
     each = (last[-1]["seconds"] - last[0]["seconds"]) / (len(last) - 1)
     left = timedelta(seconds=round(each * (steps - last[-1]["step"])))
+    shares = [f"{phase} {found[phase]:.0%}" for phase in last[-1].get("times", {})]
+    shares.append(f"data waited for {found['data_wait']:.1%} of the time")
     return (
-        f"; {found['samples_per_s']:.3g} samples/s, {found['tokens_per_s']:,.0f} tokens/s, data waited for"
-        f" {found['data_wait']:.1%} of the time, {left} to go"
+        f"; {found['samples_per_s']:.3g} samples/s, {found['tokens_per_s']:,.0f} tokens/s, {', '.join(shares)},"
+        f" {left} to go"
     )

@@ -16,8 +16,9 @@ from workflows.store import open_root
 from workflows.train_board import FOLDER
 from workflows.train_log import TrainLog
 
+TERMS = {"text": 0.5, "mask_bce": 0.25}
 REPORT = StepReport(
-    1.5, {"text": 0.5, "mask_bce": 0.25}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900, "0" * 16
+    1.5, TERMS, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900, "0" * 16, times={"forward": 0.25}
 )
 SKIPPED = StepReport(math.nan, {}, {}, math.nan, {"vqa": 8}, 900, "0" * 16, skipped=("a",))
 
@@ -48,6 +49,7 @@ def test_every_term_is_there_at_its_step(tmp_path: Path) -> None:
     assert seen["share/vqa"] == {1: 0.75, 2: 1.0} and seen["share/boxes"] == {1: 0.25}
     assert seen["share_so_far/vqa"] == {1: 0.75, 2: 0.875} and seen["share_asked/vqa"] == {1: 0.75, 2: 0.75}
     assert seen["passes/vqa"] == pytest.approx({1: 0.6, 2: 1.4}) and seen["passes/boxes"] == {1: 0.5, 2: 0.5}
+    assert seen["seconds/forward"] == {1: 0.25}
     assert seen["run/learning_rate"] == pytest.approx({1: 0.1, 2: 0.1}) and seen["run/tokens"] == {1: 900, 2: 900}
 
 

@@ -19,8 +19,9 @@ from workflows import train_log
 from workflows.store import Root, open_root
 from workflows.train_log import TrainLog, paces, read_metrics, timed, watched
 
-REPORT = StepReport(1.5, {"text": 0.5}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900, "0" * 16)
-SKIPPED = StepReport(math.nan, {"text": math.nan}, {}, math.nan, {"vqa": 8}, 900, "0" * 16, skipped=("a", "b"))
+TIMES = {"forward": 0.8, "backward": 0.9}
+REPORT = StepReport(1.5, {"text": 0.5}, {"vqa": {"text": 0.5}}, 2.0, {"vqa": 6, "boxes": 2}, 900, "0" * 16, times=TIMES)
+SKIPPED = StepReport(math.nan, {"text": math.nan}, {}, math.nan, {"vqa": 8}, 900, "0" * 16, ("a", "b"), TIMES)
 
 
 @pytest.fixture
@@ -57,9 +58,14 @@ def test_a_skipped_step_is_in_the_log_and_the_log_is_json(root: Root) -> None:
 def test_paces_are_of_the_steps_behind_the_first() -> None:
     lines: list[dict[str, Any]] = [
         {"seconds": 10.0 + 2 * step, "waited": 0.5, "samples": {"vqa": 6, "boxes": 2}, "tokens": 900}
+        | {"times": {"forward": 0.25 * step, "backward": 1.0}}
         for step in range(3)
     ]
-    assert paces(lines) == {"samples_per_s": 4.0, "tokens_per_s": 450.0, "data_wait": 0.25}
+    pace = {"samples_per_s": 4.0, "tokens_per_s": 450.0, "data_wait": 0.25}
+    assert paces(lines) == pace | {"forward": 0.1875, "backward": 0.5}
+    for line in lines:
+        del line["times"]
+    assert paces(lines) == pace, "lines of an older version have no times"
     assert paces(lines[:1]) == paces([]) == {}
 
 
@@ -88,5 +94,6 @@ def test_who_watches_is_told_of_pace_and_of_skipped_steps(
         while "to go" not in caplog.text and time.monotonic() < end:
             time.sleep(0.1)
     assert "step 2 was skipped, its gradient not finite; samples a, b" in caplog.text
-    said = r"2 of 12 steps, loss 1\.500 \(text 0\.5\); (3\.[89]\d?|4) samples/s, 4[3-5]\d tokens/s, .* 0:00:2[01] to go"
+    said = r"2 of 12 steps, loss 1\.500 \(text 0\.5\); (3\.[89]\d?|4) samples/s, 4[3-5]\d tokens/s,"
+    said += " forward 40%, backward 45%, .* 0:00:2[01] to go"
     assert re.search(said, caplog.text), caplog.text
