@@ -121,6 +121,11 @@ class TrainRecipe(Section):
     threads: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    peak_flops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="floating-point operations a second of one worker's device in `precision`, as its maker says, such"
+        " as 989e12 of an H100 in bf16; then the log says which share of it the model's own operations use",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the language model and the vision tower")
     embedding_learning_rate: Annotated[float, Field(gt=0)] = Field(
         description="of input embeddings and output head, where the spatial tokens start at the mean of the others"

@@ -35,6 +35,7 @@ from perceptio.data.shards import SampleTable, ShardError
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.checkpoint import Saved, load_checkpoint, read_weights, set_weights, to_universal
 from perceptio.train.feed import Feed, Samples, mixture_of
+from perceptio.train.flops import model_flops
 from perceptio.train.optim import computes_bf16, deepspeed_config, optimizer_and_schedule, settled_precision
 from perceptio.train.step import Objective, train_step
 from perceptio.vlm.backbone import add_lora, merge_lora, set_trainable
@@ -53,7 +54,7 @@ from workflows.untrained import untrained
 # fields of `train` that change how a run is made and not what it makes, but for the rounding of sums: it goes on under
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
-HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every"}
+HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every", "peak_flops"}
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ def _work(config: dict[str, Any]) -> None:
     samples = Samples.open(recipe, processor, world=world)
     feed = Feed(samples, model.segmenter.sam2.config.image_size)
     packed_to = recipe.model.max_length if train.pack else None
+    counting = rank == 0 and train.peak_flops is not None
+    flops = model_flops(model, soft_maps=train.losses.reconstruction > 0) if counting else None
     if train.recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     objective = Objective(model, train.losses, len(train.mixture), packed_to=packed_to)
@@ -173,7 +176,8 @@ def _work(config: dict[str, Any]) -> None:
     assert model.codec is not None
     model.codec.to(engine.device)
     uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
-    steps = TrainLog(root, config["run"], step, workers=world, mixture=samples.mixture) if rank == 0 else None
+    told: dict[str, Any] = {"mixture": samples.mixture, "flops": flops, "peak_flops": train.peak_flops}
+    steps = TrainLog(root, config["run"], step, workers=world, **told) if rank == 0 else None
     sources = [entry.called for entry in train.mixture]
     losses: list[float] = []  # of the steps since the checkpoint before
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last

@@ -38,8 +38,8 @@ class Board:
 
 
 def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name in ("loss", "gradient_norm", "learning_rate", "waited", "tokens"):
-        if line[name] is not None:
+    for name in ("loss", "gradient_norm", "learning_rate", "waited", "tokens", "mfu"):
+        if line.get(name) is not None:
             yield f"run/{name}", line[name]
     for phase, taken in line["times"].items():
         yield f"seconds/{phase}", taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import threading
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from perceptio.data.mixture import Mixture
+from perceptio.train.flops import ModelFlops
 from perceptio.train.step import StepReport
 from workflows.store import Root
 from workflows.train_board import Board
@@ -31,12 +33,27 @@ Item = TypeVar("Item")
 
 
 class TrainLog:
-    """Appends one line a step to ROOT/runs/RUN/metrics.jsonl; a resumed run cuts what lies behind its checkpoint."""
+    """Appends one line a step to ROOT/runs/RUN/metrics.jsonl; a resumed run cuts what lies behind its checkpoint.
 
-    def __init__(self, root: Root, run: str, first_step: int, *, workers: int, mixture: Mixture) -> None:
+    With `flops` and `peak_flops`, those of one worker's device in a second, each line says the share of the peak that
+    was used: `mfu`, of the time since the step before, with all that lies between them.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        run: str,
+        first_step: int,
+        *,
+        workers: int,
+        mixture: Mixture,
+        flops: ModelFlops | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
         self.root, self.place, self.workers, self.mixture = root, ("runs", run, METRICS_NAME), workers, mixture
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
         self.samples = counted(self.lines)
+        self.flops, self.peak_flops = flops, peak_flops
         self.board = Board(root, run, first_step)
         self.before = self.seconds  # of the attempts that this one goes on from
         self.began, self.next_write = time.monotonic(), 0.0
@@ -49,9 +66,13 @@ class TrainLog:
     def add(self, step: int, report: StepReport, *, learning_rate: float, waited: float) -> None:
         """Adds the report of `step` (counted from 1), before which its data was waited for so many seconds."""
         seconds = round(self.before + time.monotonic() - self.began, 3)
-        line = {"step": step, "workers": self.workers, "seconds": seconds, "waited": round(waited, 4)}
+        line: dict[str, Any] = {"step": step, "workers": self.workers, "seconds": seconds, "waited": round(waited, 4)}
         line["learning_rate"] = learning_rate
         said = dataclasses.asdict(report)
+        del said["work"]
+        if self.flops is not None and self.peak_flops is not None:
+            line["flops"] = self.flops.of(report.work)
+            line["mfu"] = line["flops"] / (max(seconds - self.seconds, 1e-3) * self.workers * self.peak_flops)
         said["times"] = {phase: round(taken, 5) for phase, taken in report.times.items()}
         if report.skipped:  # JSON knows no NaN
             said |= {"loss": None, "terms": {}, "by_source": {}, "gradient_norm": None}
@@ -84,7 +105,8 @@ def paces(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Samples and tokens a second, and shares of the time, over some lines but the first; {} of fewer than two.
 
     Shares are of the wait for data and of each phase of a step on rank 0 (see `Stopwatch`); what they leave is sums
-    over ranks, the log, checkpoints. A skipped step counts: it was computed.
+    over ranks, the log, checkpoints. `mfu`, the share of the devices' peak, is left out where a line has none. A
+    skipped step counts: it was computed.
     """
     seconds = lines[-1]["seconds"] - lines[0]["seconds"] if len(lines) > 1 else 0.0
     if seconds <= 0:
@@ -94,6 +116,9 @@ def paces(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "data_wait": waited / seconds}
     for phase in lines[-1].get("times", {}):  # lines of an older version have none
         found[phase] = sum(line.get("times", {}).get(phase, 0.0) for line in lines[1:]) / seconds
+    if all("mfu" in line for line in lines[1:]):
+        steps = itertools.pairwise(lines)
+        found["mfu"] = sum(line["mfu"] * (line["seconds"] - before["seconds"]) for before, line in steps) / seconds
     return found
 
 
@@ -168,6 +193,8 @@ def _pace(lines: Sequence[Mapping[str, Any]], steps: int) -> str:
     left = timedelta(seconds=round(each * (steps - last[-1]["step"])))
     shares = [f"{phase} {found[phase]:.0%}" for phase in last[-1].get("times", {})]
     shares.append(f"data waited for {found['data_wait']:.1%} of the time")
+    if "mfu" in found:
+        shares.append(f"{found['mfu']:.1%} of the devices' peak used")
     return (
         f"; {found['samples_per_s']:.3g} samples/s, {found['tokens_per_s']:,.0f} tokens/s, {', '.join(shares)},"
         f" {left} to go"

@@ -20,6 +20,7 @@ from perceptio import losses
 from perceptio.data.collator import Batch
 from perceptio.data.template import LossKind
 from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.train.flops import Work
 from perceptio.train.stopwatch import Stopwatch
 from schemas.training import LossWeights
 
@@ -39,6 +40,7 @@ class StepReport:
     tokens: int  # that were read, image tokens among them and padding not
     drawn: str  # 16 hex digits of the ids of its samples, in whatever order
     skipped: tuple[str, ...] = ()  # samples that may have made loss or gradient no number, so that nothing was learnt
+    work: Work = field(default_factory=Work)  # what it asked of the model's parts
     times: dict[str, float] = field(default_factory=dict, compare=False)  # of this rank, by phase (see `Stopwatch`)
 
 
@@ -159,8 +161,10 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
     counts_C = counts_QC.sum(0)
-    sizes_3Q = _sizes(batches, len(sources)).to(engine.device)
-    dist.all_reduce(sizes_3Q)
+    own = _sizes(batches, len(sources)), Work.of(batches, objective.model.config.image_token_id).counts()
+    sizes = torch.cat([part.flatten() for part in own]).to(engine.device)
+    dist.all_reduce(sizes)
+    sizes_3Q, work = sizes[: own[0].numel()].view_as(own[0]), Work(*sizes[own[0].numel() :].tolist())
     sums_QC = torch.zeros_like(counts_QC)
     spoilt: list[str] = []
     watch = Stopwatch(engine.device)
@@ -189,9 +193,9 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
             raise FloatingPointError(
                 f"a step was taken with loss {total} and gradient norm {norm}, expected it skipped"
             )
-        return StepReport(total, terms, by_source, norm, *read, times=times)
+        return StepReport(total, terms, by_source, norm, *read, work=work, times=times)
     names = _of_all_ranks(spoilt) or _of_all_ranks([name for batch in batches for name in batch.sample_ids])
-    return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names), times=times)
+    return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names), work=work, times=times)
 
 
 def _sizes(batches: Sequence[Batch], sources: int) -> Tensor:
