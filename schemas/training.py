@@ -126,6 +126,12 @@ class TrainRecipe(Section):
         description="floating-point operations a second of one worker's device in `precision`, as its maker says, such"
         " as 989e12 of an H100 in bf16; then the log says which share of it the model's own operations use",
     )
+    samples_every: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="steps, after which the model as it stands writes a few fixed samples of the mixture, shown as a"
+        " picture under runs/RUN/samples and in TensorBoard; 0: never",
+    )
+    samples_shown: Positive = Field(default=4, description="how many; the first that write masks or a depth block")
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the language model and the vision tower")
     embedding_learning_rate: Annotated[float, Field(gt=0)] = Field(
         description="of input embeddings and output head, where the spatial tokens start at the mean of the others"

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import RECIPE_NAME, TrainLog, read_metrics, timed, watched
+from workflows.train_samples import FixedSamples
 from workflows.train_shares import shares_table
 from workflows.train_stop import Listener, Stop
 from workflows.untrained import untrained
@@ -55,6 +57,7 @@ from workflows.untrained import untrained
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
 HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every", "peak_flops"}
+HOW |= {"samples_every", "samples_shown"}
 
 log = logging.getLogger(__name__)
 
@@ -176,8 +179,9 @@ def _work(config: dict[str, Any]) -> None:
     assert model.codec is not None
     model.codec.to(engine.device)
     uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
-    told: dict[str, Any] = {"mixture": samples.mixture, "flops": flops, "peak_flops": train.peak_flops}
-    steps = TrainLog(root, config["run"], step, workers=world, **told) if rank == 0 else None
+    log_of = partial(TrainLog, mixture=samples.mixture, flops=flops, peak_flops=train.peak_flops)
+    steps = log_of(root, config["run"], step, workers=world) if rank == 0 else None
+    fixed = FixedSamples.of(samples, rank=rank) if train.samples_every else None
     sources = [entry.called for entry in train.mixture]
     losses: list[float] = []  # of the steps since the checkpoint before
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last
@@ -191,6 +195,10 @@ def _work(config: dict[str, Any]) -> None:
         losses += [] if report.skipped else [report.loss]
         if steps is not None:
             steps.add(step, report, learning_rate=rate, waited=waited)
+        if fixed is not None and step % train.samples_every == 0:
+            shown = fixed.draw(engine, model)  # by rank 0, with weights of all
+            if steps is not None and shown is not None:
+                steps.show(shown)
         stop = listener.ask()
         if step % train.checkpoint_every == 0 or step == train.steps or stop is not Stop.NOT:
             if steps is not None:

@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a training run: each loss term, in all and by data set, rates, seconds and shares.
+"""TensorBoard's event files of a training run: terms in all and by data set, rates, seconds, shares, pictures.
 
 tensorboard --logdir ROOT/runs
 """
@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from workflows.store import Root
+from workflows.train_samples import Shown
 
 FOLDER = "tensorboard"  # in ROOT/runs/RUN
 
@@ -27,8 +29,14 @@ class Board:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line of metrics.jsonl."""
-        for name, value in _scalars(line):
+        for name, value in scalars(line):
             self._writer.add_scalar(name, value, line["step"])
+
+    def show(self, step: int, shown: Shown) -> None:
+        """Adds the picture of fixed samples, and the figures of what was generated."""
+        self._writer.add_image("samples", np.asarray(shown.picture), step, dataformats="HWC")
+        for name, value in generated(shown):
+            self._writer.add_scalar(name, value, step)
 
     def write(self) -> None:
         """Copies what there is to the root."""
@@ -37,7 +45,7 @@ class Board:
             self.root.write(file.read_bytes(), *self.place, file.name)
 
 
-def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name in ("loss", "gradient_norm", "learning_rate", "waited", "tokens", "mfu"):
         if line.get(name) is not None:
             yield f"run/{name}", line[name]
@@ -55,3 +63,9 @@ def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"share_so_far/{source}", of["share"]
         yield f"share_asked/{source}", of["asked"]
         yield f"passes/{source}", of["passes"]
+
+
+def generated(shown: Shown) -> Iterator[tuple[str, float]]:
+    """Names and values of what was generated."""
+    for name, value in shown.figures.items():
+        yield f"generated/{name}", value

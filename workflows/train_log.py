@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -21,9 +22,10 @@ from perceptio.train.flops import ModelFlops
 from perceptio.train.step import StepReport
 from workflows.store import Root
 from workflows.train_board import Board
+from workflows.train_samples import Shown
 from workflows.train_shares import counted, shares
 
-METRICS_NAME, RECIPE_NAME = "metrics.jsonl", "recipe.json"  # in ROOT/runs/RUN
+METRICS_NAME, RECIPE_NAME, SAMPLES_FOLDER = "metrics.jsonl", "recipe.json", "samples"  # in ROOT/runs/RUN
 LOG_EVERY_S = 15.0
 PACE_STEPS = 20  # of which a pace is said
 WRITING_SHARE = 0.05  # of the time at most goes into rewriting the file
@@ -81,6 +83,15 @@ class TrainLog:
         self.board.add(self.lines[-1])
         if time.monotonic() >= self.next_write:
             self.write()
+
+    def show(self, shown: Shown) -> None:
+        """Adds what the model made of the fixed samples after the last step, and writes their picture."""
+        line = self.lines[-1]
+        line["generated"] = shown.figures
+        file = io.BytesIO()
+        shown.picture.save(file, "PNG")
+        self.root.write(file.getvalue(), *self.place[:2], SAMPLES_FOLDER, f"step-{line['step']}.png")
+        self.board.show(line["step"], shown)
 
     def write(self) -> None:
         """Writes the whole file, and TensorBoard's; how often depends on how long that takes."""

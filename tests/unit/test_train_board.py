@@ -8,13 +8,15 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from perceptio.train.step import StepReport
 from tests.mixtures import vqa_and_boxes
 from workflows.store import open_root
 from workflows.train_board import FOLDER
-from workflows.train_log import TrainLog
+from workflows.train_log import SAMPLES_FOLDER, TrainLog, read_metrics
+from workflows.train_samples import Shown
 
 TERMS = {"text": 0.5, "mask_bce": 0.25}
 REPORT = StepReport(
@@ -51,6 +53,21 @@ def test_every_term_is_there_at_its_step(tmp_path: Path) -> None:
     assert seen["passes/vqa"] == pytest.approx({1: 0.6, 2: 1.4}) and seen["passes/boxes"] == {1: 0.5, 2: 0.5}
     assert seen["seconds/forward"] == {1: 0.25}
     assert seen["run/learning_rate"] == pytest.approx({1: 0.1, 2: 0.1}) and seen["run/tokens"] == {1: 900, 2: 900}
+
+
+def test_generated_samples_are_there_as_a_picture_and_figures(tmp_path: Path) -> None:
+    root = open_root(str(tmp_path))
+    log = TrainLog(root, "run", 0, workers=2, mixture=vqa_and_boxes())
+    log.add(1, REPORT, learning_rate=0.1, waited=0.5)
+    log.show(Shown({"well_formed": 0.5}, Image.new("RGB", (30, 20), (0, 0, 255))))
+    log.write()
+    values = [value for e in events(tmp_path / "runs" / "run" / FOLDER) for value in e.summary.value if e.step == 1]
+    (drawn,) = [value.image for value in values if value.HasField("image")]
+    assert (drawn.width, drawn.height) == (30, 20)
+    assert [value.simple_value for value in values if value.tag == "generated/well_formed"] == [0.5]
+    assert read_metrics(root, "run")[0]["generated"] == {"well_formed": 0.5}
+    with Image.open(tmp_path / "runs" / "run" / SAMPLES_FOLDER / "step-1.png") as picture:
+        assert picture.getpixel((3, 3)) == (0, 0, 255)
 
 
 def test_a_resumed_run_takes_back_what_lies_behind_its_checkpoint(tmp_path: Path) -> None:
