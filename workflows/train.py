@@ -48,6 +48,7 @@ from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_log import RECIPE_NAME, TrainLog, read_metrics, timed, watched
+from workflows.train_mlflow import Tracker, require_mlflow
 from workflows.train_samples import FixedSamples
 from workflows.train_shares import shares_table
 from workflows.train_stop import Listener, Stop
@@ -57,7 +58,7 @@ from workflows.untrained import untrained
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
 HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every", "peak_flops"}
-HOW |= {"samples_every", "samples_shown"}
+HOW |= {"samples_every", "samples_shown", "mlflow"}
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def run(recipe: Recipe) -> None:
         require_same("model", standing.inputs, made_from)
         log.info("model: complete")
         return
+    require_mlflow(recipe.train.mlflow)
     try:
         mixture = _mixture(recipe)
         log.info("mixture: %s", mixture.describe())
@@ -179,7 +181,8 @@ def _work(config: dict[str, Any]) -> None:
     assert model.codec is not None
     model.codec.to(engine.device)
     uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
-    log_of = partial(TrainLog, mixture=samples.mixture, flops=flops, peak_flops=train.peak_flops)
+    tracker = Tracker(recipe, config["run"]) if rank == 0 and train.mlflow is not None else None
+    log_of = partial(TrainLog, mixture=samples.mixture, flops=flops, peak_flops=train.peak_flops, tracker=tracker)
     steps = log_of(root, config["run"], step, workers=world) if rank == 0 else None
     fixed = FixedSamples.of(samples, rank=rank) if train.samples_every else None
     sources = [entry.called for entry in train.mixture]
@@ -213,6 +216,8 @@ def _work(config: dict[str, Any]) -> None:
             )
         if stop is Stop.RUN and step < train.steps:
             return
+    if steps is not None:
+        steps.close()
     made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
     _publish(recipe, root, made, engine, model, processor, rank)
 

@@ -35,7 +35,7 @@ class Board:
     def show(self, step: int, shown: Shown) -> None:
         """Adds the picture of fixed samples, and the figures of what was generated."""
         self._writer.add_image("samples", np.asarray(shown.picture), step, dataformats="HWC")
-        for name, value in generated(shown):
+        for name, value in generated(shown.figures):
             self._writer.add_scalar(name, value, step)
 
     def write(self) -> None:
@@ -49,7 +49,7 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name in ("loss", "gradient_norm", "learning_rate", "waited", "tokens", "mfu"):
         if line.get(name) is not None:
             yield f"run/{name}", line[name]
-    for phase, taken in line["times"].items():
+    for phase, taken in line.get("times", {}).items():
         yield f"seconds/{phase}", taken
     for term, value in line["terms"].items():
         yield f"loss/{term}", value
@@ -59,13 +59,14 @@ def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     whole = sum(line["samples"].values())
     for source, count in line["samples"].items():
         yield f"share/{source}", count / whole
-    for source, of in line["mixture"].items():
+    for source, of in line.get("mixture", {}).items():
         yield f"share_so_far/{source}", of["share"]
         yield f"share_asked/{source}", of["asked"]
         yield f"passes/{source}", of["passes"]
+    yield from generated(line.get("generated", {}))
 
 
-def generated(shown: Shown) -> Iterator[tuple[str, float]]:
-    """Names and values of what was generated."""
-    for name, value in shown.figures.items():
+def generated(figures: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Names and values of what fixed samples were generated as."""
+    for name, value in figures.items():
         yield f"generated/{name}", value

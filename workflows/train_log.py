@@ -21,7 +21,8 @@ from perceptio.data.mixture import Mixture
 from perceptio.train.flops import ModelFlops
 from perceptio.train.step import StepReport
 from workflows.store import Root
-from workflows.train_board import Board
+from workflows.train_board import Board, generated
+from workflows.train_mlflow import Tracker
 from workflows.train_samples import Shown
 from workflows.train_shares import counted, shares
 
@@ -51,12 +52,16 @@ class TrainLog:
         mixture: Mixture,
         flops: ModelFlops | None = None,
         peak_flops: float | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.root, self.place, self.workers, self.mixture = root, ("runs", run, METRICS_NAME), workers, mixture
         self.lines = [line for line in read_metrics(root, run) if line["step"] <= first_step]
         self.samples = counted(self.lines)
         self.flops, self.peak_flops = flops, peak_flops
         self.board = Board(root, run, first_step)
+        self.tracker = tracker
+        if tracker is not None:
+            tracker.begin(self.lines)
         self.before = self.seconds  # of the attempts that this one goes on from
         self.began, self.next_write = time.monotonic(), 0.0
 
@@ -81,6 +86,8 @@ class TrainLog:
         self.samples.update(report.samples)
         self.lines.append(line | said | {"mixture": shares(self.mixture, step, self.samples)})
         self.board.add(self.lines[-1])
+        if self.tracker is not None:
+            self.tracker.add(self.lines[-1])
         if time.monotonic() >= self.next_write:
             self.write()
 
@@ -92,13 +99,23 @@ class TrainLog:
         shown.picture.save(file, "PNG")
         self.root.write(file.getvalue(), *self.place[:2], SAMPLES_FOLDER, f"step-{line['step']}.png")
         self.board.show(line["step"], shown)
+        if self.tracker is not None:
+            self.tracker.add_scalars(line["step"], generated(shown.figures))
 
     def write(self) -> None:
-        """Writes the whole file, and TensorBoard's; how often depends on how long that takes."""
+        """Writes the whole file, and TensorBoard's, and tells MLflow; how often depends on how long that takes."""
         started = time.monotonic()
         self.root.write("".join(json.dumps(line) + "\n" for line in self.lines).encode(), *self.place)
         self.board.write()
+        if self.tracker is not None:
+            self.tracker.write()
         self.next_write = time.monotonic() + max(1.0, (time.monotonic() - started) / WRITING_SHARE)
+
+    def close(self) -> None:
+        """Writes for the last time, behind the last step."""
+        self.write()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 def timed(items: Iterator[Item]) -> Iterator[tuple[Item, float]]:
