@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -128,6 +129,23 @@ class TrainRecipe(Section):
     threads: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    peak_flops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="floating-point operations a second of one worker's device in `precision`, as its maker says, such"
+        " as 989e12 of an H100 in bf16; then the log says which share of it the model's own operations use",
+    )
+    samples_every: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="steps, after which the model as it stands writes a few fixed samples of the mixture, shown as a"
+        " picture under runs/RUN/samples and in TensorBoard; 0: never",
+    )
+    samples_shown: Positive = Field(default=4, description="how many; the first that write masks or a depth block")
+    mlflow: str | None = Field(
+        default=None,
+        description="tracking address, such as sqlite:///mlruns.db or http://HOST:5000, to which rank 0 logs what"
+        " TensorBoard gets; needs the extra `mlflow`. Its user and password stand in MLFLOW_TRACKING_USERNAME and"
+        " MLFLOW_TRACKING_PASSWORD, and never here",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="of the language model and the vision tower")
     embedding_learning_rate: Annotated[float, Field(gt=0)] = Field(
         description="of input embeddings and output head, where the spatial tokens start at the mean of the others"
@@ -221,6 +239,15 @@ class TrainRecipe(Section):
                 f"offload is 'all' with zero_stage {self.zero_stage}, expected 3: others keep weights whole"
             )
         require_passable(self.deepspeed)
+        return self
+
+    @model_validator(mode="after")
+    def _mlflow(self) -> TrainRecipe:
+        if self.mlflow is not None and urlsplit(self.mlflow).password is not None:
+            raise ValueError(  # without the address: errors are logged
+                "mlflow: the address holds a password, expected none, since recipes are kept and shown: set"
+                " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where workers run"
+            )
         return self
 
     @model_validator(mode="after")

@@ -34,3 +34,9 @@ def mixtures(draw: st.DrawFn) -> Mixture:
         global_batch=streams * draw(st.integers(1, 3)),
         window=draw(st.integers(1, 3)),
     )
+
+
+def vqa_and_boxes() -> Mixture:
+    """Global batches of 8: three of four samples are of "vqa" (10 rows), the others of "boxes" (4 rows)."""
+    sources = [MixtureSource("vqa", 3, [6, 4]), MixtureSource("boxes", 1, [4])]
+    return Mixture(sources, seed=1, streams=4, global_batch=8)

@@ -15,6 +15,7 @@ import logging
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from perceptio.data.mixture import Mixture
 from perceptio.data.shards import SampleTable, ShardError
 from perceptio.model import PerceptioForConditionalGeneration
 from perceptio.train.feed import Feed, Samples, mixture_of
+from perceptio.train.flops import model_flops
 from perceptio.train.optim import computes_bf16, settled_precision
 from perceptio.train.step import train_step
 from perceptio.vlm.backbone import merge_lora
@@ -43,16 +45,19 @@ from workflows.commits import Table, require_same
 from workflows.folders import publish, require, run_storage
 from workflows.store import Root, StageError, open_root
 from workflows.train_engine import build, engine_of
-from workflows.train_log import RECIPE_NAME, TrainLog, timed, watched
+from workflows.train_log import RECIPE_NAME, TrainLog, read_metrics, timed, watched
+from workflows.train_mlflow import Tracker, require_mlflow
 from workflows.train_preflight import preflight
 from workflows.train_room import require_disk, require_workers
+from workflows.train_samples import FixedSamples
+from workflows.train_shares import shares_table
 from workflows.train_stop import Listener, Stop
 
 # fields of `train` that change how a run is made and not what it makes, but for the rounding of sums: it goes on under
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
-HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every"}
-HOW |= {"preflight", "preflight_steps", "room_within_s", "resize_every_s"}
+HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every", "peak_flops"}
+HOW |= {"samples_every", "samples_shown", "mlflow", "preflight", "preflight_steps", "room_within_s", "resize_every_s"}
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +74,10 @@ def run(recipe: Recipe) -> None:
         require_same("model", standing.inputs, made_from)
         log.info("model: complete")
         return
+    require_mlflow(recipe.train.mlflow)
     try:
-        log.info("mixture: %s", _mixture(recipe).describe())
+        mixture = _mixture(recipe)
+        log.info("mixture: %s", mixture.describe())
     except (ValueError, ShardError) as error:
         raise StageError(f"train: {error}") from error
     require_disk(recipe, root)
@@ -98,6 +105,7 @@ def run(recipe: Recipe) -> None:
             step = max(place.step for place in places(root, name))
             raise StageError(f"train: stopped by SIGTERM after step {step} of {train.steps}: run it again to go on")
     require(root, "model", stage="train")
+    log.info("train: %s", shares_table(mixture, read_metrics(root, name)))
 
 
 def _fit(recipe: Recipe, root: Root, config: dict[str, Any]) -> None:
@@ -164,13 +172,18 @@ def _work(config: dict[str, Any]) -> None:
     if train.preflight and not found:
         preflight(recipe, root, config["run"], train)
     objective, processor = build(recipe, root)
+    counting = rank == 0 and train.peak_flops is not None
+    flops = model_flops(objective.model, soft_maps=train.losses.reconstruction > 0) if counting else None
     samples = Samples.open(recipe, processor, world=world)
     feed = Feed(samples, objective.model.segmenter.sam2.config.image_size)
     with last_whole(root, config["run"], found, _all_say) as saved:
         step = 0 if saved is None else samples.mixture.step_of(saved.state)
         engine, schedule = engine_of(objective, train, world, saved, step)
     uploads, listener = Uploads(root, config["run"], attempt), Listener(config.pop("bell"))
-    steps = TrainLog(root, config["run"], step, workers=world) if rank == 0 else None
+    tracker = Tracker(recipe, config["run"]) if rank == 0 and train.mlflow is not None else None
+    log_of = partial(TrainLog, mixture=samples.mixture, flops=flops, peak_flops=train.peak_flops, tracker=tracker)
+    steps = log_of(root, config["run"], step, workers=world) if rank == 0 else None
+    fixed = FixedSamples.of(samples, rank=rank) if train.samples_every else None
     sources = [entry.called for entry in train.mixture]
     losses: list[float] = []  # of the steps since the checkpoint before
     skipped: list[tuple[str, ...]] = []  # the samples of each step of the row that was skipped last
@@ -184,6 +197,10 @@ def _work(config: dict[str, Any]) -> None:
         losses += [] if report.skipped else [report.loss]
         if steps is not None:
             steps.add(step, report, learning_rate=rate, waited=waited)
+        if fixed is not None and step % train.samples_every == 0:
+            shown = fixed.draw(engine, objective.model)  # by rank 0, with weights of all
+            if steps is not None and shown is not None:
+                steps.show(shown)
         stop = listener.ask()
         if step % train.checkpoint_every == 0 or step == train.steps or stop is not Stop.NOT:
             if steps is not None:
@@ -198,6 +215,8 @@ def _work(config: dict[str, Any]) -> None:
             )
         if stop is Stop.RUN and step < train.steps:
             return
+    if steps is not None:
+        steps.close()
     made = config | {"precision": train.precision, "seconds": steps.seconds if steps is not None else 0.0}
     _publish(recipe, root, made, engine, objective.model, processor, rank)
 

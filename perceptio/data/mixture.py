@@ -140,6 +140,22 @@ class Mixture:
         given above."""
         return [count / sum(self.counts) for count in self.counts]
 
+    def asked_until(self, step: int) -> list[float]:
+        """Samples of each source that weights asked for in the first `step` global batches, before any rounding."""
+        end, found = step * self.global_batch, self.phases.found
+        ends = [*(phase.first for phase in found[1:]), end]
+        parts = [
+            max(0, min(to, end) - phase.first) / math.fsum(phase.weights) for phase, to in zip(found, ends, strict=True)
+        ]
+        asked = zip(*(phase.weights for phase in found), strict=True)
+        return [math.fsum(part * weight for part, weight in zip(parts, weights, strict=True)) for weights in asked]
+
+    def drawn_until(self, step: int) -> list[int]:
+        """Samples of each source in the first `step` global batches, at the same cost for every step that there is."""
+        position = step * self.global_batch
+        phase = self.phases.at(position)
+        return [int(n) for n in phase.drawn_S + phase.table.draws_in((position - phase.first) // self.streams)]
+
     @property
     def digest(self) -> str:
         """16 hex digits of all that fixes the order; equal digests mean equal samples at every position."""

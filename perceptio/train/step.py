@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from perceptio import losses
 from perceptio.data.collator import Batch
 from perceptio.data.template import LossKind
 from perceptio.model import PerceptioForConditionalGeneration
+from perceptio.train.flops import Work
+from perceptio.train.stopwatch import Stopwatch
 from schemas.training import LossWeights
 
 TERMS = ("text", "marker", "token", "count", "reconstruction", "mask_bce", "mask_dice")
@@ -28,7 +30,7 @@ _KINDS = {"text": LossKind.TEXT, "marker": LossKind.MARKER, "token": LossKind.TO
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step over one global batch found; the same on every rank."""
+    """What a step over one global batch found; the same on every rank, but for `times`."""
 
     loss: float  # no finite number where the step was skipped, or nearly so
     terms: dict[str, float]  # unweighted, over the whole global batch; one that no sample has a part of is left out
@@ -38,6 +40,8 @@ class StepReport:
     tokens: int  # that were read, image tokens among them and padding not
     drawn: str  # 16 hex digits of the ids of its samples, in whatever order
     skipped: tuple[str, ...] = ()  # samples that may have made loss or gradient no number, so that nothing was learnt
+    work: Work = field(default_factory=Work)  # what it asked of the model's parts
+    times: dict[str, float] = field(default_factory=dict, compare=False)  # of this rank, by phase (see `Stopwatch`)
 
 
 class Objective(nn.Module):
@@ -157,15 +161,22 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
     dist.all_reduce(counts_QC)
     counts_C = counts_QC.sum(0)
-    sizes_3Q = _sizes(batches, len(sources)).to(engine.device)
-    dist.all_reduce(sizes_3Q)
+    own = _sizes(batches, len(sources)), Work.of(batches, objective.model.config.image_token_id).counts()
+    sizes = torch.cat([part.flatten() for part in own]).to(engine.device)
+    dist.all_reduce(sizes)
+    sizes_3Q, work = sizes[: own[0].numel()].view_as(own[0]), Work(*sizes[own[0].numel() :].tolist())
     sums_QC = torch.zeros_like(counts_QC)
     spoilt: list[str] = []
+    watch = Stopwatch(engine.device)
     for batch in batches:
+        watch.begin("forward")
         loss, sums = engine(batch.to(engine.device), counts_C)
+        watch.begin("backward")
         # DeepSpeed takes the mean over ranks and micro-batches; the loss is a share of a sum already
         engine.backward(loss * world * len(batches))
+        watch.begin("optimizer")
         engine.step()
+        watch.end()
         sums_QC += sums
         if not torch.isfinite(loss):
             spoilt += batch.sample_ids
@@ -175,15 +186,16 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
     samples = {name: int(count) for name, count in zip(sources, sizes_3Q[0].tolist(), strict=True)}
     read = samples, int(sizes_3Q[1].sum()), f"{int(sizes_3Q[2].sum()) % 2**64:016x}"
+    times = watch.seconds()  # the terms were copied to the host above, behind all that was timed
     if engine.was_step_applied():
         norm = float(engine.get_global_grad_norm() or 0.0)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"a step was taken with loss {total} and gradient norm {norm}, expected it skipped"
             )
-        return StepReport(total, terms, by_source, norm, *read)
+        return StepReport(total, terms, by_source, norm, *read, work=work, times=times)
     names = _of_all_ranks(spoilt) or _of_all_ranks([name for batch in batches for name in batch.sample_ids])
-    return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names))
+    return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names), work=work, times=times)
 
 
 def _sizes(batches: Sequence[Batch], sources: int) -> Tensor:

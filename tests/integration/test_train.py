@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,8 @@ from workflows import export, train
 from workflows.commits import Table
 from workflows.store import StageError, open_root
 
+SHARES = f"what {STEPS} steps drew of the mixture, as shares:"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -39,10 +45,32 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return Parts(folder)
 
 
+@contextmanager
+def messages_of(logger: str) -> Iterator[list[str]]:
+    """What is logged while the block runs; `caplog` is no fixture for a whole module."""
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler, source = Handler(), logging.getLogger(logger)
+    level = source.level
+    source.addHandler(handler)
+    source.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        source.removeHandler(handler)
+        source.setLevel(level)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, parts: Parts) -> Recipe:
-    recipe = prepared(tmp_path_factory.mktemp("trained"), parts.folder)
-    train.run(recipe)
+    recipe = prepared(tmp_path_factory.mktemp("trained"), parts.folder, train__peak_flops=1e12)
+    with messages_of("workflows.train") as said:
+        train.run(recipe)
+    assert any(SHARES in message for message in said), said
     return recipe
 
 
@@ -53,6 +81,17 @@ def test_every_term_is_logged_by_source(trained: Recipe) -> None:
     assert set(lines[0]["by_source"]) == {"training"}
     assert lines[-1]["learning_rate"] > 0, "a step's own rate: the schedule ends at 0 behind the last"
     assert np.mean([line["loss"] for line in lines[-3:]]) < lines[0]["loss"]
+
+
+def test_where_time_and_operations_went_is_logged(trained: Recipe) -> None:
+    lines = lines_of(trained)
+    for before, line in itertools.pairwise(lines):
+        assert list(line["times"]) == ["forward", "backward", "optimizer"] and min(line["times"].values()) > 0
+        apart = sum(line["times"].values()) + line["waited"]
+        assert apart <= line["seconds"] - before["seconds"] + 0.01, "phases lie within their step"
+        assert line["mfu"] == pytest.approx(line["flops"] / (2e12 * (line["seconds"] - before["seconds"])), rel=1e-3)
+        assert line["mixture"]["training"] == line["mixture"]["training"] | {"asked": 1, "share": 1, "period": 1}
+    assert lines[-1]["mixture"]["training"]["samples"] == STEPS * trained.train.global_batch
 
 
 def test_the_model_folder_answers_and_differs_from_its_start(trained: Recipe, parts: Parts) -> None:

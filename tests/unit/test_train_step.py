@@ -237,6 +237,8 @@ def test_a_step_that_is_skipped_names_the_samples_whose_loss_is_no_number(
         engine = Engine(Objective(model, WEIGHTS, len(ENTRIES)))
         report = train_step(engine, [batch, other], sources)
         assert report.gradient_norm > 0 and report.skipped == ()
+        assert list(report.times) == ["forward", "backward", "optimizer"]
+        assert report.times["backward"] > report.times["optimizer"] >= 0, "this engine's step does nothing"
         spoilt = dataclasses.replace(other, pixel_values=other.pixel_values * float("nan"))
         assert train_step(engine, [batch, spoilt], sources).skipped == other.sample_ids
         with monkeypatch.context() as taken:
