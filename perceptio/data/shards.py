@@ -6,6 +6,7 @@ opened; a row group is read once for all who ask for it at the same time.
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -127,19 +128,22 @@ class SampleTable:
 
     def _read_once(self, group: RowGroup) -> pa.Table:
         footer = self._footers[group.file]
-        with _Counted(self._fs.open(group.file, "rb", cache_type="none")) as stream:
-            try:
-                # one read for all columns: the store is asked once a row group
-                return pq.ParquetFile(stream, metadata=footer, pre_buffer=True).read_row_group(group.index)
-            except (pa.ArrowException, OSError) as error:
-                if passes(error):
-                    raise
-                raise ShardError(
-                    f"{group.file}: row group {group.index} of {group.rows} rows cannot be read ({error}): the file "
-                    "was changed or cut off; `perceptio verify` names all such files"
-                ) from error
-            finally:
-                self._count(stream)
+        start, end = _range_of(footer.row_group(group.index))
+        try:
+            # one request for all columns
+            data = self._fs.cat_file(group.file, start=start, end=end)
+            with self._lock:
+                self.bytes_read += len(data)
+            if len(data) != end - start:
+                raise OSError(f"{len(data)} bytes from {start}, expected {end - start}")
+            return pq.ParquetFile(_Piece(data, start), metadata=footer).read_row_group(group.index)
+        except (pa.ArrowException, OSError) as error:
+            if passes(error):
+                raise
+            raise ShardError(
+                f"{group.file}: row group {group.index} of {group.rows} rows cannot be read ({error}): the file "
+                "was changed or cut off; `perceptio verify` names all such files"
+            ) from error
 
     def _row_groups_of(self, entry: FileEntry) -> list[RowGroup]:
         file = posixpath.join(self._folder, entry.path)
@@ -147,7 +151,8 @@ class SampleTable:
         def read() -> pq.FileMetaData:
             with _Counted(self._fs.open(file, "rb", cache_type="none")) as stream:
                 footer = pq.read_metadata(stream)
-                self._count(stream)
+            with self._lock:
+                self.bytes_read += stream.bytes_read
             return footer
 
         try:
@@ -161,10 +166,6 @@ class SampleTable:
         _check_schema(file, footer.schema.to_arrow_schema())
         self._footers[file] = footer
         return [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
-
-    def _count(self, stream: _Counted) -> None:
-        with self._lock:
-            self.bytes_read += stream.bytes_read
 
 
 class _Counted:
@@ -186,6 +187,42 @@ class _Counted:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stream.close()
+
+
+class _Piece(io.RawIOBase):
+    """A file of which only the bytes from `start` on are there."""
+
+    def __init__(self, data: bytes, start: int) -> None:
+        self._data, self._start, self._at = memoryview(data), start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._start + len(self._data))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        first = self._at - self._start
+        if first < 0:
+            raise OSError(f"byte {self._at} is asked for, expected those from {self._start} on")
+        piece = self._data[first : first + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _range_of(group: Any) -> tuple[int, int]:
+    """First byte and end of a row group's columns in its file."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    firsts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
+    return min(firsts), max(first + c.total_compressed_size for first, c in zip(firsts, columns, strict=True))
 
 
 def _check_schema(file: str, schema: pa.Schema) -> None:
