@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from perceptio.data.collator import Batch, Item, collate, count_image_tokens, load_item
 from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
+from perceptio.data.reading import Reader
 from perceptio.data.shards import SampleTable
 from perceptio.data.template import render
 from perceptio.processor import PerceptioProcessor
@@ -49,8 +50,7 @@ def mixture_of(train: TrainRecipe, tables: Sequence[SampleTable], *, seed: int) 
 class Samples:
     """The sample at each position of a run's mixture; a pure function of (seed, tables, position)."""
 
-    tables: Sequence[SampleTable]  # one per mixture entry
-    mixture: Mixture
+    reader: Reader  # of one table per mixture entry
     recipe: Recipe
     processor: PerceptioProcessor
 
@@ -62,15 +62,16 @@ class Samples:
         """
         tables = [SampleTable.open(recipe.root, entry.source) for entry in recipe.train.mixture]
         mixture = mixture_of(recipe.train, tables, seed=recipe.seed)
-        for table in tables:
-            table.cached = mixture.row_groups_in_use(world)
-        return cls(tables, mixture, recipe, processor)
+        return cls(Reader(mixture, tables, world=world), recipe, processor)
+
+    @property
+    def mixture(self) -> Mixture:
+        return self.reader.mixture
 
     def item(self, position: int) -> Item:
         """The decoded sample at a position of the mixture."""
-        slot, train = self.mixture.at(position), self.recipe.train
-        key = (self.recipe.seed, position)
-        row = self.tables[slot.source].row(slot.row_group, slot.row)
+        slot, row = self.reader.row(position)
+        train, key = self.recipe.train, (self.recipe.seed, position)
         dialogue = render(
             row,
             train.mixture[slot.source],
@@ -111,8 +112,9 @@ class Feed:
         ]
 
     def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
-        """`batches` of steps [first, last), each made while the one before is trained on."""
+        """`batches` of steps [first, last), each made while the one before is trained on, of rows read before that."""
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            pool.submit(self.samples.reader.begin, first, rank).result()
             waiting = [pool.submit(self.batches, first, rank=rank, world=world, micro_batch=micro_batch)]
             for step in range(first, last):
                 ready = waiting.pop().result()
