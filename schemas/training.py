@@ -145,6 +145,11 @@ class TrainRecipe(Section):
         default=3,
         description="in a row, their gradients not finite, after which the run stops and names their samples",
     )
+    unreadable: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what becomes of a run that meets a damaged row group, read again some times: it stops, or goes on"
+        " without that row group's samples, which no others replace; log and metrics.jsonl name and count them",
+    )
     code_noise: Share = Field(
         description="share of the depth codes that are read as random ones, so that the next one depends on the image"
         " and not on the last ones alone (reconstruction; 0 in the lineage)"

@@ -30,7 +30,8 @@ def commit(folder: Path, shard: int, first: int, rows: int, group: int) -> Shard
     if rows:
         stream = io.BytesIO()
         table = pa.Table.from_pylist([row(first + i) for i in range(rows)], SAMPLES)
-        pq.write_table(table, stream, row_group_size=group, compression="none", use_dictionary=False)
+        how = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+        pq.write_table(table, stream, row_group_size=group, **how)
         path = f"part-{shard:06d}-a.parquet"
         (folder / path).write_bytes(stream.getvalue())
         digest = hashlib.sha256(stream.getvalue()).hexdigest()
@@ -38,6 +39,19 @@ def commit(folder: Path, shard: int, first: int, rows: int, group: int) -> Shard
     return ShardCommit(
         shard=shard, attempt="a", read=rows, kept=rows, rejected=0, reasons={}, content="", data=entry, rejects=None
     )
+
+
+def spoil(root: Path, manifest: Manifest, shard: int, row_group: int) -> Path:
+    """Changes a byte in the middle of a row group's images; the file that it did that to."""
+    data = manifest.shards[shard].data
+    assert data is not None
+    file = root / "samples" / manifest.source / data.path
+    column = pq.read_metadata(file).row_group(row_group).column(1)
+    assert column.path_in_schema == "image"
+    content = bytearray(file.read_bytes())
+    content[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(content)
+    return file
 
 
 def write(root: Path, *shards: int, group: int = 4, source: str = "vqa") -> Manifest:

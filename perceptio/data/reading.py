@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perceptio.data.mixture import Mixture, Slot, Windows
-from perceptio.data.shards import SampleTable
+from perceptio.data.shards import SampleTable, UnreadableError
 
 
 class Reader:
@@ -25,14 +25,26 @@ class Reader:
         self.mixture, self.tables, self.world = mixture, tables, world
         for table in tables:
             table.cached = mixture.row_groups_in_use(world)
+        self._unreadable: list[dict[int, UnreadableError]] = [{} for _ in tables]  # of row groups, tried enough
         self._windows: list[dict[int, tuple[int, Windows]]] = [{} for _ in tables]  # by stream: its pass, its windows
 
     def row(self, position: int) -> tuple[Slot, dict[str, Any]]:
-        """What stands at a position, and its row. Raises as `Mixture.at` and `SampleTable.row` do."""
+        """What stands at a position, and its row.
+
+        Raises as `Mixture.at` and `SampleTable.row` do. A row group that is unreadable once stays so for this reader,
+        so that a run that leaves it out leaves out all of it.
+        """
         slot, stream = self.mixture.at(position), position % self.mixture.streams
         if not self._holds(slot, stream):
             self._enter(slot, stream, self.mixture.windows(position))
-        return slot, self.tables[slot.source].row(slot.row_group, slot.row)
+        unreadable = self._unreadable[slot.source]
+        if (known := unreadable.get(slot.row_group)) is not None:
+            raise UnreadableError(known.group, known.why)  # a new one: an error keeps the frames of all its raises
+        try:
+            return slot, self.tables[slot.source].row(slot.row_group, slot.row)
+        except UnreadableError as error:
+            unreadable[slot.row_group] = error
+            raise
 
     def begin(self, step: int, rank: int) -> None:
         """Asks for all row groups that the streams of worker `rank` will draw from first, from global batch `step` on.
@@ -66,10 +78,8 @@ class Reader:
 
     def _enter(self, slot: Slot, stream: int, windows: Windows) -> None:
         held = self._windows[slot.source]
+        held.pop(stream, None)
         held[stream] = (slot.pass_number, windows)
-        table = self.tables[slot.source]
         # what is asked for last is let go last: first all that others hold, so that only what nobody needs has to go
-        for other, (_, theirs) in held.items():
-            if other != stream:
-                table.prefetch([*theirs.now, *theirs.next])
-        table.prefetch([*windows.now, *windows.next])
+        wanted = [group for _, theirs in held.values() for group in (*theirs.now, *theirs.next)]
+        self.tables[slot.source].prefetch(g for g in wanted if g not in self._unreadable[slot.source])

@@ -18,12 +18,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from perceptio.data.store import filesystem, passes, read_bytes, retried
+from perceptio.data.store import FIRST_WAIT, StoreError, filesystem, read_bytes, retried
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from schemas.tables import SAMPLES
 
 FOOTER_THREADS = 16  # footers are many and small: waiting for the store is all the work
+DAMAGE_TRIES = 3  # to read a row group whose bytes are spoilt
 
 
 class ShardError(ValueError):
@@ -37,6 +40,23 @@ class RowGroup:
     file: str  # full path in the file system
     index: int  # within the file
     rows: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row group {self.index} of {self.rows} rows"
+
+
+class UnreadableError(ShardError):
+    """A row group whose bytes are not those that were written, or are gone, however often they are read."""
+
+    def __init__(self, group: RowGroup, why: str) -> None:
+        super().__init__(
+            f"{group} cannot be read ({why}): the file was changed or cut off; `perceptio verify` names all such"
+            " files, `train.unreadable: skip` trains without their rows"
+        )
+        self.group, self.why = group, why
+
+    def __reduce__(self) -> tuple[type[UnreadableError], tuple[RowGroup, str]]:
+        return UnreadableError, (self.group, self.why)  # it goes from a worker to the driver
 
 
 class SampleTable:
@@ -68,14 +88,18 @@ class SampleTable:
 
     @classmethod
     def open(cls, root: str, source: str, *, cached: int = 8, threads: int = 2) -> SampleTable:
-        """The finished table of a source; raises ShardError where it has no manifest yet."""
+        """The finished table of a source; raises ShardError where it has no manifest yet, or none of this release."""
         fs, path = filesystem(root)
         file = posixpath.join(path, "samples", source, MANIFEST_NAME)
         try:
             text = read_bytes(fs, file)
         except FileNotFoundError:
             raise ShardError(f"{file} does not exist, so the table is not finished: run `assemble` first") from None
-        return cls(root, Manifest.model_validate_json(text), cached=cached, threads=threads)
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            raise ShardError(f"{file} cannot be used: {error}; restore it, or assemble the source again") from error
+        return cls(root, manifest, cached=cached, threads=threads)
 
     def __len__(self) -> int:
         return sum(group.rows for group in self.row_groups)
@@ -88,7 +112,7 @@ class SampleTable:
     def row(self, row_group: int, row: int) -> dict[str, Any]:
         """One sample, by the columns of `schemas.tables.SAMPLES`; waits until its row group is read.
 
-        Raises IndexError outside the table, ShardError for a file that changed, and what the store raises.
+        Raises IndexError outside the table, UnreadableError for a file that changed, and what the store raises.
         """
         if not (0 <= row_group < len(self.row_groups) and 0 <= row < self.row_groups[row_group].rows):
             raise IndexError(f"{self._folder}: no row {row} in row group {row_group} of {len(self.row_groups)}")
@@ -124,26 +148,32 @@ class SampleTable:
             return future
 
     def _read(self, group: RowGroup) -> pa.Table:
-        return retried(lambda: self._read_once(group), f"reading {group.file}")
+        """Raises UnreadableError for a damaged one, PermissionError, or StoreError where the store fails for long."""
+        again = Retrying(
+            retry=retry_if_exception_type(UnreadableError),  # bytes may be spoilt on their way
+            stop=stop_after_attempt(DAMAGE_TRIES),
+            wait=wait_fixed(FIRST_WAIT),
+            reraise=True,
+        )
+        found: pa.Table = again(self._read_once, group)
+        return found
 
     def _read_once(self, group: RowGroup) -> pa.Table:
         footer = self._footers[group.file]
         start, end = _range_of(footer.row_group(group.index))
         try:
             # one request for all columns
-            data = self._fs.cat_file(group.file, start=start, end=end)
+            data = retried(lambda: self._fs.cat_file(group.file, start=start, end=end), f"reading {group.file}")
             with self._lock:
                 self.bytes_read += len(data)
             if len(data) != end - start:
                 raise OSError(f"{len(data)} bytes from {start}, expected {end - start}")
-            return pq.ParquetFile(_Piece(data, start), metadata=footer).read_row_group(group.index)
+            piece = pq.ParquetFile(_Piece(data, start), metadata=footer, page_checksum_verification=True)
+            return piece.read_row_group(group.index)
+        except (StoreError, PermissionError):
+            raise  # says nothing of this file
         except (pa.ArrowException, OSError) as error:
-            if passes(error):
-                raise
-            raise ShardError(
-                f"{group.file}: row group {group.index} of {group.rows} rows cannot be read ({error}): the file "
-                "was changed or cut off; `perceptio verify` names all such files"
-            ) from error
+            raise UnreadableError(group, str(error)) from error
 
     def _row_groups_of(self, entry: FileEntry) -> list[RowGroup]:
         file = posixpath.join(self._folder, entry.path)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from perceptio.data.collator import Batch, Item, collate, count_image_tokens, load_item
+from perceptio.data.collator import Batch, Item, blank, collate, count_image_tokens, load_item
 from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
 from perceptio.data.reading import Reader
-from perceptio.data.shards import SampleTable
+from perceptio.data.shards import SampleTable, UnreadableError
 from perceptio.data.template import render
 from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.sam2_image import preprocess
@@ -97,19 +98,34 @@ class Feed:
     sam2_size: int  # side of SAM2's input
 
     def batches(self, step: int, *, rank: int, world: int, micro_batch: int) -> list[Batch]:
-        """The micro-batches of `rank` in global batch `step`."""
+        """The micro-batches of `rank` in global batch `step`.
+
+        Raises UnreadableError for a row group that cannot be read, unless the recipe skips such: then its samples are
+        left out of their micro-batches, which name it.
+        """
         positions = self.samples.mixture.positions_of(step, rank, world)
-        items = [self.samples.item(position) for position in positions]
-        return [
-            collate(
-                items[first : first + micro_batch],
-                processor=self.samples.processor,
-                sam2_pixels=preprocess,
-                sam2_size=self.sam2_size,
-                max_length=self.samples.recipe.model.max_length,
-            )
-            for first in range(0, len(items), micro_batch)
-        ]
+        parts = [positions[first : first + micro_batch] for first in range(0, len(positions), micro_batch)]
+        return [self._collated(part) for part in parts]
+
+    def _collated(self, positions: Sequence[int]) -> Batch:
+        samples = self.samples
+        items: list[Item] = []
+        unread: list[tuple[int, str]] = []
+        for position in positions:
+            try:
+                items.append(samples.item(position))
+            except UnreadableError as error:
+                if samples.recipe.train.unreadable == "stop":
+                    raise
+                unread.append((samples.mixture.at(position).source, str(error.group)))
+        batch = collate(
+            items or [blank(samples.processor, key=(samples.recipe.seed, positions[0]))],
+            processor=samples.processor,
+            sam2_pixels=preprocess,
+            sam2_size=self.sam2_size,
+            max_length=samples.recipe.model.max_length,
+        )
+        return dataclasses.replace(batch, unread=tuple(unread))
 
     def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
         """`batches` of steps [first, last), each made while the one before is trained on, of rows read before that."""
