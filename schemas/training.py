@@ -145,6 +145,13 @@ class TrainRecipe(Section):
         default=3,
         description="in a row, their gradients not finite, after which the run stops and names their samples",
     )
+    cache_dir: str | None = Field(
+        default=None,
+        description="folder on the machine's own disk where its workers keep row groups read from S3",
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        default=100.0, description="at most so much is kept there; what was used longest ago goes first"
+    )
     unreadable: Literal["stop", "skip"] = Field(
         default="stop",
         description="what becomes of a run that meets a damaged row group, read again some times: it stops, or goes on"

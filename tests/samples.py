@@ -54,11 +54,11 @@ def spoil(root: Path, manifest: Manifest, shard: int, row_group: int) -> Path:
     return file
 
 
-def write(root: Path, *shards: int, group: int = 4, source: str = "vqa") -> Manifest:
-    """The manifest of a table of some shards, each of so many rows."""
+def write(root: Path, *shards: int, group: int = 4, source: str = "vqa", first: int = 0) -> Manifest:
+    """The manifest of a table of some shards, each of so many rows; they are numbered from `first` on."""
     folder = root / "samples" / source
     folder.mkdir(parents=True)
-    firsts = [sum(shards[:i]) for i in range(len(shards))]
+    firsts = [first + sum(shards[:i]) for i in range(len(shards))]
     commits = tuple(commit(folder, i, firsts[i], rows, group) for i, rows in enumerate(shards))
     total = sum(shards)
     manifest = Manifest(

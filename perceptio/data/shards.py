@@ -18,9 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
+from perceptio.data.disk_cache import DiskCache
 from perceptio.data.store import FIRST_WAIT, StoreError, filesystem, read_bytes, retried
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from schemas.tables import SAMPLES
@@ -64,19 +66,24 @@ class SampleTable:
 
     `cached` is the number of row groups kept in memory, the least recently used go first: it must hold those that are
     read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). Raises ShardError where a file is
-    missing, or its footer differs from the manifest or from the schema of samples.
+    missing, or its footer differs from the manifest or from the schema of samples. Row groups of a store that is no
+    local disk are kept in `cache`, if there is one.
     """
 
-    def __init__(self, root: str, manifest: Manifest, *, cached: int = 8, threads: int = 2) -> None:
+    def __init__(
+        self, root: str, manifest: Manifest, *, cached: int = 8, threads: int = 2, cache: DiskCache | None = None
+    ) -> None:
         if cached < 1:
             raise ValueError(f"cached: got {cached} row groups, expected at least 1")
         self._fs, path = filesystem(root)
         self._folder = posixpath.join(path, "samples", manifest.source)
         self.manifest, self.cached = manifest, cached
+        self._cache = None if isinstance(self._fs, LocalFileSystem) else cache
         self.bytes_read = 0  # from the store: footers and row groups
         self._lock = Lock()
         self._groups: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._digests: dict[str, str] = {}  # of files, by their manifest
         entries = [shard.data for shard in manifest.shards if shard.data is not None]
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
             self.row_groups = [group for groups in pool.map(self._row_groups_of, entries) for group in groups]
@@ -87,7 +94,9 @@ class SampleTable:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"samples-{manifest.source}")
 
     @classmethod
-    def open(cls, root: str, source: str, *, cached: int = 8, threads: int = 2) -> SampleTable:
+    def open(
+        cls, root: str, source: str, *, cached: int = 8, threads: int = 2, cache: DiskCache | None = None
+    ) -> SampleTable:
         """The finished table of a source; raises ShardError where it has no manifest yet, or none of this release."""
         fs, path = filesystem(root)
         file = posixpath.join(path, "samples", source, MANIFEST_NAME)
@@ -99,7 +108,7 @@ class SampleTable:
             manifest = Manifest.model_validate_json(text)
         except ValidationError as error:
             raise ShardError(f"{file} cannot be used: {error}; restore it, or assemble the source again") from error
-        return cls(root, manifest, cached=cached, threads=threads)
+        return cls(root, manifest, cached=cached, threads=threads, cache=cache)
 
     def __len__(self) -> int:
         return sum(group.rows for group in self.row_groups)
@@ -161,19 +170,28 @@ class SampleTable:
     def _read_once(self, group: RowGroup) -> pa.Table:
         footer = self._footers[group.file]
         start, end = _range_of(footer.row_group(group.index))
+        key = f"{self._digests[group.file]} {start} {end}"  # a file that is written anew has another digest
+        kept = None if self._cache is None else self._cache.get(key)
         try:
-            # one request for all columns
-            data = retried(lambda: self._fs.cat_file(group.file, start=start, end=end), f"reading {group.file}")
-            with self._lock:
-                self.bytes_read += len(data)
-            if len(data) != end - start:
-                raise OSError(f"{len(data)} bytes from {start}, expected {end - start}")
+            data = self._fetched(group.file, start, end) if kept is None else kept
             piece = pq.ParquetFile(_Piece(data, start), metadata=footer, page_checksum_verification=True)
-            return piece.read_row_group(group.index)
+            table = piece.read_row_group(group.index)
         except (StoreError, PermissionError):
             raise  # says nothing of this file
         except (pa.ArrowException, OSError) as error:
             raise UnreadableError(group, str(error)) from error
+        if self._cache is not None and kept is None:
+            self._cache.put(key, data)
+        return table
+
+    def _fetched(self, file: str, start: int, end: int) -> bytes:
+        """Bytes of a file in the store, by one request: all columns of a row group stand together."""
+        data: bytes = retried(lambda: self._fs.cat_file(file, start=start, end=end), f"reading {file}")
+        with self._lock:
+            self.bytes_read += len(data)
+        if len(data) != end - start:
+            raise OSError(f"{len(data)} bytes from {start}, expected {end - start}")
+        return data
 
     def _row_groups_of(self, entry: FileEntry) -> list[RowGroup]:
         file = posixpath.join(self._folder, entry.path)
@@ -194,7 +212,7 @@ class SampleTable:
         if footer.num_rows != entry.rows:
             raise ShardError(f"{file} has {footer.num_rows} rows, the manifest says {entry.rows}: restore it")
         _check_schema(file, footer.schema.to_arrow_schema())
-        self._footers[file] = footer
+        self._footers[file], self._digests[file] = footer, entry.sha256
         return [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
 
 

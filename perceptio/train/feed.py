@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from perceptio.data.collator import Batch, Item, blank, collate, count_image_tokens, load_item
+from perceptio.data.disk_cache import DiskCache
 from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
 from perceptio.data.reading import Reader
 from perceptio.data.shards import SampleTable, UnreadableError
@@ -61,7 +62,9 @@ class Samples:
 
         Raises ShardError for a table that is not finished or not whole, ValueError as `mixture_of` does.
         """
-        tables = [SampleTable.open(recipe.root, entry.source) for entry in recipe.train.mixture]
+        train = recipe.train
+        cache = None if train.cache_dir is None else DiskCache(train.cache_dir, round(train.cache_gb * 1e9))
+        tables = [SampleTable.open(recipe.root, entry.source, cache=cache) for entry in train.mixture]
         mixture = mixture_of(recipe.train, tables, seed=recipe.seed)
         return cls(Reader(mixture, tables, world=world), recipe, processor)
 
