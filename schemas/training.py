@@ -102,6 +102,11 @@ class TrainRecipe(Section):
         description="samples of a micro-batch behind one another in rows of model.max_length tokens, each seeing itself"
         " alone; else one padded row a sample. Changes no sample's loss",
     )
+    bucket: bool = Field(
+        default=False,
+        description="a worker's samples of a global batch are ordered by length before they are cut into micro-batches:"
+        " less padding. Changes neither a global batch's samples nor its loss",
+    )
     zero_stage: Literal[1, 2, 3]
     precision: Literal["fp32", "bf16", "bf16_autocast", "auto"] = Field(
         description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, products in bf16;"

@@ -53,7 +53,7 @@ from workflows.untrained import untrained
 # others
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
 HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every"}
-HOW |= {"cache_dir", "cache_gb"}
+HOW |= {"bucket", "cache_dir", "cache_gb"}
 HOW |= {"unreadable"}  # a run that was stopped by a damaged table goes on without its rows
 
 log = logging.getLogger(__name__)

@@ -94,6 +94,31 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Stands where a sample cannot be read."""
+
+    key: tuple[int, int]  # (seed, position)
+    source: int  # index of its mixture entry
+    where: str  # its row group
+
+
+def micro_batches(
+    drawn: Sequence[Item | Unread], micro_batch: int, *, by_length: bool = False
+) -> list[Sequence[Item | Unread]]:
+    """A rank's share of a global batch, cut into micro-batches, in the order of positions.
+
+    `by_length` orders it by number of tokens first, so that samples of one length are padded together. It changes
+    neither which samples a global batch has nor its loss, whose denominators are the global batch's.
+    """
+
+    def length(one: Item | Unread) -> tuple[int, int]:
+        return len(one.dialogue.input_ids) if isinstance(one, Item) else 0, one.key[1]
+
+    ordered = sorted(drawn, key=length) if by_length else drawn
+    return [ordered[first : first + micro_batch] for first in range(0, len(ordered), micro_batch)]
+
+
+@dataclass(frozen=True)
 class Feed:
     """The micro-batches of one rank."""
 
@@ -106,29 +131,35 @@ class Feed:
         Raises UnreadableError for a row group that cannot be read, unless the recipe skips such: then its samples are
         left out of their micro-batches, which name it.
         """
-        positions = self.samples.mixture.positions_of(step, rank, world)
-        parts = [positions[first : first + micro_batch] for first in range(0, len(positions), micro_batch)]
-        return [self._collated(part) for part in parts]
-
-    def _collated(self, positions: Sequence[int]) -> Batch:
         samples = self.samples
-        items: list[Item] = []
-        unread: list[tuple[int, str]] = []
-        for position in positions:
-            try:
-                items.append(samples.item(position))
-            except UnreadableError as error:
-                if samples.recipe.train.unreadable == "stop":
-                    raise
-                unread.append((samples.mixture.at(position).source, str(error.group)))
+        drawn: list[Item | Unread] = [
+            self._drawn(position) for position in samples.mixture.positions_of(step, rank, world)
+        ]
+        return [
+            self._collated(part) for part in micro_batches(drawn, micro_batch, by_length=samples.recipe.train.bucket)
+        ]
+
+    def _drawn(self, position: int) -> Item | Unread:
+        samples = self.samples
+        try:
+            return samples.item(position)
+        except UnreadableError as error:
+            if samples.recipe.train.unreadable == "stop":
+                raise
+            return Unread((samples.recipe.seed, position), samples.mixture.at(position).source, str(error.group))
+
+    def _collated(self, drawn: Sequence[Item | Unread]) -> Batch:
+        samples = self.samples
+        items = [one for one in drawn if isinstance(one, Item)]
         batch = collate(
-            items or [blank(samples.processor, key=(samples.recipe.seed, positions[0]))],
+            items or [blank(samples.processor, key=drawn[0].key)],
             processor=samples.processor,
             sam2_pixels=preprocess,
             sam2_size=self.sam2_size,
             max_length=samples.recipe.model.max_length,
         )
-        return dataclasses.replace(batch, unread=tuple(unread))
+        unread = tuple((one.source, one.where) for one in drawn if isinstance(one, Unread))
+        return dataclasses.replace(batch, unread=unread)
 
     def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
         """`batches` of steps [first, last), each made while the one before is trained on, of rows read before that."""
