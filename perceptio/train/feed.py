@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 from perceptio.data.collator import Batch, Item, blank, collate, count_image_tokens, load_item
@@ -162,9 +163,13 @@ class Feed:
         return dataclasses.replace(batch, unread=unread)
 
     def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
-        """`batches` of steps [first, last), each made while the one before is trained on, of rows read before that."""
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-            pool.submit(self.samples.reader.begin, first, rank).result()
+        """`batches` of steps [first, last), each made while the one before is trained on, of rows read before that.
+
+        It ends the reading of these samples: what is still being read ahead then is left.
+        """
+        reader = self.samples.reader
+        with closing(reader), ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            pool.submit(reader.begin, first, rank).result()
             waiting = [pool.submit(self.batches, first, rank=rank, world=world, micro_batch=micro_batch)]
             for step in range(first, last):
                 ready = waiting.pop().result()

@@ -140,6 +140,11 @@ def test_training_does_not_wait_for_a_slow_store(slow: SampleTable, tmp_path: Pa
             SlowStore.train()
             found.append(pool.submit(next, feed).result(timeout=30))
             assert len(slow._groups) <= reader.mixture.row_groups_in_use(1)
+        SlowStore.train(10**6)
+        assert pool.submit(next, feed, None).result(timeout=30) is None
+    slow._groups.clear()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        slow.prefetch([0])
     with SampleTable(str(tmp_path), slow.manifest) as plain:
         other = Reader(reader.mixture, [plain])
         assert found == [[other.row(p)[1]["id"] for p in range(s * BATCH, s * BATCH + BATCH)] for s in range(steps)]
