@@ -110,6 +110,11 @@ class TrainRecipe(Section):
         description="samples of a micro-batch behind one another in rows of model.max_length tokens, each seeing itself"
         " alone; else one padded row a sample. Changes no sample's loss",
     )
+    bucket: bool = Field(
+        default=False,
+        description="a worker's samples of a global batch are ordered by length before they are cut into micro-batches:"
+        " less padding. Changes neither a global batch's samples nor its loss",
+    )
     zero_stage: Literal[1, 2, 3]
     precision: Literal["fp32", "bf16", "bf16_autocast", "auto"] = Field(
         description="bf16: weights in bf16 beside fp32 masters; bf16_autocast: weights in fp32, products in bf16;"
@@ -180,6 +185,18 @@ class TrainRecipe(Section):
     max_skipped_steps: Positive = Field(
         default=3,
         description="in a row, their gradients not finite, after which the run stops and names their samples",
+    )
+    cache_dir: str | None = Field(
+        default=None,
+        description="folder on the machine's own disk where its workers keep row groups read from S3",
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        default=100.0, description="at most so much is kept there; what was used longest ago goes first"
+    )
+    unreadable: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what becomes of a run that meets a damaged row group, read again some times: it stops, or goes on"
+        " without that row group's samples, which no others replace; log and metrics.jsonl name and count them",
     )
     code_noise: Share = Field(
         description="share of the depth codes that are read as random ones, so that the next one depends on the image"

@@ -30,7 +30,8 @@ def commit(folder: Path, shard: int, first: int, rows: int, group: int) -> Shard
     if rows:
         stream = io.BytesIO()
         table = pa.Table.from_pylist([row(first + i) for i in range(rows)], SAMPLES)
-        pq.write_table(table, stream, row_group_size=group, compression="none", use_dictionary=False)
+        how = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+        pq.write_table(table, stream, row_group_size=group, **how)
         path = f"part-{shard:06d}-a.parquet"
         (folder / path).write_bytes(stream.getvalue())
         digest = hashlib.sha256(stream.getvalue()).hexdigest()
@@ -40,11 +41,24 @@ def commit(folder: Path, shard: int, first: int, rows: int, group: int) -> Shard
     )
 
 
-def write(root: Path, *shards: int, group: int = 4, source: str = "vqa") -> Manifest:
-    """The manifest of a table of some shards, each of so many rows."""
+def spoil(root: Path, manifest: Manifest, shard: int, row_group: int) -> Path:
+    """Changes a byte in the middle of a row group's images; the file that it did that to."""
+    data = manifest.shards[shard].data
+    assert data is not None
+    file = root / "samples" / manifest.source / data.path
+    column = pq.read_metadata(file).row_group(row_group).column(1)
+    assert column.path_in_schema == "image"
+    content = bytearray(file.read_bytes())
+    content[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def write(root: Path, *shards: int, group: int = 4, source: str = "vqa", first: int = 0) -> Manifest:
+    """The manifest of a table of some shards, each of so many rows; they are numbered from `first` on."""
     folder = root / "samples" / source
     folder.mkdir(parents=True)
-    firsts = [sum(shards[:i]) for i in range(len(shards))]
+    firsts = [first + sum(shards[:i]) for i in range(len(shards))]
     commits = tuple(commit(folder, i, firsts[i], rows, group) for i, rows in enumerate(shards))
     total = sum(shards)
     manifest = Manifest(

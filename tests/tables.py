@@ -11,7 +11,7 @@ from schemas.recipe import Recipe
 from schemas.recipe_file import load_recipe
 from schemas.tables import REJECTS
 from workflows import assemble, depth, ingest, tokenize_depth
-from workflows.commits import Table
+from workflows.commits import ROW_GROUP_ROWS, Table
 from workflows.folders import publish
 from workflows.listing import listed
 from workflows.shards import ShardWorker, Work
@@ -59,7 +59,7 @@ def published(root: Root, local: Path, name: str, inputs: dict[str, str]) -> Man
     return publish(root, local, name, stage=stage, attempt="test", recipe="test", code="test", inputs=inputs)
 
 
-def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
+def fill(recipe: Recipe, root: Root, codebook: Manifest, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """The tables that an evaluation reads, by the stages' own workers, without an actor pool for each."""
     workers: dict[tuple[str, ...], ShardWorker] = {
         ("images", "listing"): ingest.IngestWorker(recipe.model_dump_json()),
@@ -74,6 +74,7 @@ def fill(recipe: Recipe, root: Root, codebook: Manifest) -> None:
             inputs = {parent: Table(root, parent, source.name).require().shards[0].content for parent in parents}
             made = worker.process(Work(table, over, 0, inputs))
             assert not made.rejects
-            commit = table.commit(0, "test", made.table, REJECTS.empty_table(), made.read, inputs=inputs)
+            none = REJECTS.empty_table()
+            commit = table.commit(0, "test", made.table, none, made.read, row_group_rows, inputs=inputs)
             depends = {"codebook": codebook.digest}
             table.finish({0: commit}, attempt="test", recipe="test", code="test", inputs=depends)

@@ -389,7 +389,8 @@ def _parquet(path: str, table: pa.Table, row_group_rows: int) -> tuple[FileEntry
     if table.num_rows == 0:
         return None, b""
     stream = io.BytesIO()
-    pq.write_table(table, stream, compression="zstd", row_group_size=row_group_rows, write_statistics=["id"])
+    how = {"compression": "zstd", "write_statistics": ["id"], "write_page_checksum": True}  # so that damage is seen
+    pq.write_table(table, stream, row_group_size=row_group_rows, **how)
     data = stream.getvalue()
     return FileEntry(path=path, rows=table.num_rows, size=len(data), sha256=hashlib.sha256(data).hexdigest()), data
 

@@ -58,6 +58,8 @@ from workflows.train_stop import Listener, Stop
 HOW = {"workers", "allowed_workers", "micro_batch", "zero_stage", "offload", "recompute", "threads"}
 HOW |= {"cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints", "checkpoint_every", "peak_flops"}
 HOW |= {"samples_every", "samples_shown", "mlflow", "preflight", "preflight_steps", "room_within_s", "resize_every_s"}
+HOW |= {"bucket", "cache_dir", "cache_gb"}
+HOW |= {"unreadable"}  # a run that was stopped by a damaged table goes on without its rows
 
 log = logging.getLogger(__name__)
 

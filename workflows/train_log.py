@@ -179,6 +179,7 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
     )
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
     task, told, flown = bar.add_task("train", total=steps, note="starting"), 0, False
+    unread = set[str]()
     if console.is_terminal:
         bar.start()
     try:
@@ -193,6 +194,9 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
                 if line.get("skipped") and line["step"] > told:
                     said_of = line["step"], ", ".join(line["skipped"])
                     log.warning("train: step %d was skipped, its gradient not finite; samples %s", *said_of)
+                for where in line.get("unread", {}).keys() - unread:
+                    unread.add(where)
+                    log.warning("train: from step %d on samples are left out, unreadable: %s", line["step"], where)
             told = lines[-1]["step"]
             taken = [line for line in lines if line["loss"] is not None]
             if not taken:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from perceptio.data.collator import Item
+from perceptio.data.shards import UnreadableError
 from perceptio.data.template import DEPTH_PROMPTS
 from perceptio.generate import Perceiver, Perception
 from perceptio.metrics.masks import iou, overlap, union_mask
@@ -60,7 +61,12 @@ class FixedSamples:
         masked: list[int] = []
         others: list[int] = []
         for position in range(most if rank == 0 else 0):
-            item = samples.item(position)
+            try:
+                item = samples.item(position)
+            except UnreadableError:
+                if train.unreadable == "stop":
+                    raise
+                continue
             if item.masks or item.inv_depth_HW is not None:
                 (masked if item.masks else others).append(position)
             if len(masked) >= -(-wanted // 2) and len(others) >= wanted // 2:
@@ -116,8 +122,8 @@ def usage(codes: Sequence[int]) -> tuple[int, float]:
 
 def _request(samples: Samples, position: int, item: Item) -> Request:
     """What a user would ask for the sample's first reply."""
-    slot, turns = samples.mixture.at(position), item.dialogue.turns
-    row = samples.tables[slot.source].row(slot.row_group, slot.row)
+    _, row = samples.reader.row(position)
+    turns = item.dialogue.turns
     question = row["turns"][turns[0]]["prompt"] if turns else DEPTH_PROMPTS[0]
     return Request(
         item.rgb_HW3,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from perceptio.data.images import ImageLimits, decode
 from perceptio.data.maps import unpack_map
 from perceptio.data.masks import rle_to_mask
-from perceptio.data.template import Dialogue
+from perceptio.data.template import Dialogue, LossKind, prompt_ids
 
 Rgb = npt.NDArray[np.uint8]
 Preprocess = Callable[[Sequence[Rgb], int], Tensor]
@@ -43,7 +43,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. `loss_kind_BT[b, t]` is the `LossKind` of the target at t, predicted from the inputs before it."""
+    """A micro-batch; one whose samples were all left out has a `blank`.
+
+    `loss_kind_BT[b, t]` is the `LossKind` of the target at t, predicted from the inputs before it.
+    """
 
     input_ids_BT: Tensor
     target_ids_BT: Tensor
@@ -61,6 +64,7 @@ class Batch:
     has_depth_B: Tensor  # whether the sample has a depth block
     sample_ids: tuple[str, ...]
     positions: tuple[int, ...]  # in the mixture
+    unread: tuple[tuple[int, str], ...] = ()  # samples that were left out: mixture entry, the row group's name
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`."""
@@ -84,6 +88,30 @@ def load_item(sample: Mapping[str, Any], dialogue: Dialogue, *, source: int, key
         raise ValueError(f"sample {sample['id']}: it has codes but no depth_target: assemble its source again")
     inv_depth_HW = _inv_depth(sample["depth_target"]) if dialogue.codes else None
     return Item(dialogue, source, key, rgb_HW3, masks, inv_depth_HW)
+
+
+def blank(processor: Any, *, key: tuple[int, int]) -> Item:
+    """An item without a name that nothing is learnt from: a black image and a prompt, no target, mask or depth.
+
+    Where none of a micro-batch's samples can be read it stands in their place, since all ranks run every part of the
+    model equally often.
+    """
+    size = processor.image_processor.size
+    rgb_HW3 = np.zeros((size["height"], size["width"], 3), np.uint8)
+    image_tokens = count_image_tokens(processor, *rgb_HW3.shape[:2])
+    ids = prompt_ids(processor.tokenizer, "", segmentation="off", depth="off", image_tokens=image_tokens)
+    dialogue = Dialogue(
+        sample_id="",
+        input_ids=tuple(ids),
+        target_ids=tuple(ids),
+        loss_kinds=(LossKind.IGNORE,) * len(ids),
+        image_tokens=image_tokens,
+        seg_positions=(),
+        objects=(),
+        codes=(),
+        turns=(),
+    )
+    return Item(dialogue, 0, key, rgb_HW3, (), None)
 
 
 def count_image_tokens(processor: Any, height: int, width: int) -> int:

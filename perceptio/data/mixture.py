@@ -63,6 +63,16 @@ class Slot(NamedTuple):
     row: int
 
 
+class Windows(NamedTuple):
+    """Row groups of a source that one stream draws from, and those that it will draw from next; () where it will not.
+
+    In a pass a stream's windows have no row group in common.
+    """
+
+    now: tuple[int, ...]
+    next: tuple[int, ...]
+
+
 class Mixture:
     """The order of every sample of a run (DESIGN.md, Mixture); all that a run must keep is a position and the digest.
 
@@ -101,6 +111,20 @@ class Mixture:
             raise ValueError(
                 f"position: got {position}, expected 0 or more{f', below {end}' if end is not None else ''}"
             )
+        source, draw, stream, own = self._draw(position)
+        return Slot(source, *self._orders[source].row(draw, stream, own))
+
+    def windows(self, position: int) -> Windows:
+        """Of the stream that has a position, and of the source that stands there: what to hold and what to read ahead.
+
+        Raises ValueError as `at` does.
+        """
+        self.at(position)
+        source, draw, stream, own = self._draw(position)
+        return self._orders[source].windows(draw, stream, own)
+
+    def _draw(self, position: int) -> tuple[int, int, int, int]:
+        """The source at a position, which of its draws that is, its stream, and which of the stream's draws of it."""
         phase = self.phases.at(position)
         table = phase.table
         row, stream = divmod(position - phase.first, self.streams)
@@ -109,7 +133,7 @@ class Mixture:
         each = len(table.streams_of[source])  # draws of a turn
         draw = int(phase.drawn_S[source]) + turn * each + int(table.draw_PC[row, stream])
         own = int(phase.own_SC[source, stream]) + turn * (each // self.streams) + int(table.own_PC[row, stream])
-        return Slot(source, *self._orders[source].row(draw, stream, own))
+        return source, draw, stream, own
 
     @property
     def steps(self) -> int | None:
@@ -131,7 +155,7 @@ class Mixture:
         return [first + b for b in range(self.global_batch) if b % self.streams // each == rank]
 
     def row_groups_in_use(self, world: int) -> int:
-        """Number of row groups of one source that a worker's cache must hold: each stream's window, and the next."""
+        """Most row groups of one source in the `windows` of all streams of a worker: what its cache must hold."""
         return 2 * self.window * (self.streams // world)
 
     @property
@@ -224,7 +248,7 @@ class _Order:
     def __init__(self, source: MixtureSource, index: int, seed: int, phases: Phases, window: int) -> None:
         self._rows_G = np.asarray(source.row_groups, np.int64)
         self._rows = int(self._rows_G.sum())
-        self._index, self._phases, self._window = index, phases, window
+        self._index, self._phases, self._window, self._passes = index, phases, window, source.max_passes
         self._key = int.from_bytes(hashlib.sha256(f"{seed} {index} {source.name}".encode()).digest()[:8], "little")
         streams = phases.streams
         self._pass = lru_cache(maxsize=4)(self._make_pass)
@@ -234,17 +258,36 @@ class _Order:
         """Pass, row group and row of the source's `draw`-th draw, which is the `own`-th of its stream."""
         number = draw // self._rows
         this = self._pass(number)
+        on_line = _on_line(this, stream, own)
+        _, low, high = self._window_at(this, stream, on_line)
+        on_line = low + int(self._inside(_mix(self._key + number, low), high - low)[on_line - low])
+        group = int(np.searchsorted(this.offset_G1, on_line, side="right")) - 1
+        return number, int(this.order_G[group]), on_line - int(this.offset_G1[group])
+
+    def windows(self, draw: int, stream: int, own: int) -> Windows:
+        """The window of a draw, and its stream's next one: behind the last of a pass, the first of the next pass."""
+        number = draw // self._rows
+        this = self._pass(number)
+        now, low, high = self._window_at(this, stream, _on_line(this, stream, own))
+        own = int(this.before_C[stream])
+        own += high - int(this.start_C1[stream]) if stream % 2 == 0 else int(this.start_C1[stream + 1]) - low
+        if own - int(this.before_C[stream]) == int(this.start_C1[stream + 1] - this.start_C1[stream]):
+            if number + 1 == self._passes:
+                return Windows(now, ())
+            this = self._pass(number + 1)
+            if this.start_C1[stream] == this.start_C1[stream + 1]:
+                return Windows(now, ())
+        return Windows(now, self._window_at(this, stream, _on_line(this, stream, own))[0])
+
+    def _window_at(self, this: _Pass, stream: int, on_line: int) -> tuple[tuple[int, ...], int, int]:
+        """The row groups of the window that a row on the line belongs to, and its first row and its end there."""
         start, end = int(this.start_C1[stream]), int(this.start_C1[stream + 1])
-        own -= int(this.before_C[stream])
-        # Odd streams walk backward: then neighbours reach the row group that their cut divides at the same time.
-        on_line = start + own if stream % 2 == 0 else end - 1 - own
         first, group = (int(g) for g in np.searchsorted(this.offset_G1, (start, on_line), side="right") - 1)
         group -= (group - first) % self._window
         low = max(start, int(this.offset_G1[group]))
         high = min(end, int(this.offset_G1[min(group + self._window, len(this.order_G))]))
-        on_line = low + int(self._inside(_mix(self._key + number, low), high - low)[on_line - low])
-        group = int(np.searchsorted(this.offset_G1, on_line, side="right")) - 1
-        return number, int(this.order_G[group]), on_line - int(this.offset_G1[group])
+        last = int(np.searchsorted(this.offset_G1, high, side="left"))
+        return tuple(this.order_G[group:last].tolist()), low, high
 
     def _make_pass(self, number: int) -> _Pass:
         order_G = _shuffled(_mix(self._key + number, -1), len(self._rows_G))
@@ -252,6 +295,15 @@ class _Order:
         before_C = self._phases.draws_before(self._index, number * self._rows)
         after_C = self._phases.draws_before(self._index, (number + 1) * self._rows)
         return _Pass(order_G, offset_G1, before_C, np.concatenate([[0], np.cumsum(after_C - before_C)]))
+
+
+def _on_line(this: _Pass, stream: int, own: int) -> int:
+    """Where on the line a stream's `own`-th draw stands.
+
+    Odd streams walk backward: then neighbours reach the row group that their cut divides at the same time.
+    """
+    own -= int(this.before_C[stream])
+    return int(this.start_C1[stream]) + own if stream % 2 == 0 else int(this.start_C1[stream + 1]) - 1 - own
 
 
 def weights_by_size(rows: Sequence[float], temperature: float) -> list[float]:

@@ -6,6 +6,7 @@ opened; a row group is read once for all who ask for it at the same time.
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -17,12 +18,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import ValidationError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from perceptio.data.store import filesystem, passes, read_bytes, retried
+from perceptio.data.disk_cache import DiskCache
+from perceptio.data.store import FIRST_WAIT, StoreError, filesystem, read_bytes, retried
 from schemas.manifest import MANIFEST_NAME, FileEntry, Manifest
 from schemas.tables import SAMPLES
 
 FOOTER_THREADS = 16  # footers are many and small: waiting for the store is all the work
+DAMAGE_TRIES = 3  # to read a row group whose bytes are spoilt
 
 
 class ShardError(ValueError):
@@ -37,13 +43,31 @@ class RowGroup:
     index: int  # within the file
     rows: int
 
+    def __str__(self) -> str:
+        return f"{self.file}: row group {self.index} of {self.rows} rows"
+
+
+class UnreadableError(ShardError):
+    """A row group whose bytes are not those that were written, or are gone, however often they are read."""
+
+    def __init__(self, group: RowGroup, why: str) -> None:
+        super().__init__(
+            f"{group} cannot be read ({why}): the file was changed or cut off; `perceptio verify` names all such"
+            " files, `train.unreadable: skip` trains without their rows"
+        )
+        self.group, self.why = group, why
+
+    def __reduce__(self) -> tuple[type[UnreadableError], tuple[RowGroup, str]]:
+        return UnreadableError, (self.group, self.why)  # it goes from a worker to the driver
+
 
 class SampleTable:
     """The rows of ROOT/samples/SOURCE, `source` being the manifest's. Safe to use from several threads.
 
     `cached` is the number of row groups kept in memory, the least recently used go first: it must hold those that are
-    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). With `columns` only those are read.
-    Raises ShardError where a file is missing, or its footer differs from the manifest or from the schema of samples.
+    read from at a time and those that are read ahead (`Mixture.row_groups_in_use`). Raises ShardError where a file is
+    missing, or its footer differs from the manifest or from the schema of samples. Row groups of a store that is no
+    local disk are kept in `cache`, if there is one. With `columns` only those are read, and never kept there.
     """
 
     def __init__(
@@ -53,6 +77,7 @@ class SampleTable:
         *,
         cached: int = 8,
         threads: int = 2,
+        cache: DiskCache | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
         if cached < 1:
@@ -60,10 +85,12 @@ class SampleTable:
         self._fs, path = filesystem(root)
         self._folder = posixpath.join(path, "samples", manifest.source)
         self.manifest, self.cached, self._columns = manifest, cached, None if columns is None else list(columns)
+        self._cache = None if isinstance(self._fs, LocalFileSystem) else cache
         self.bytes_read = 0  # from the store: footers and row groups
         self._lock = Lock()
         self._groups: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._digests: dict[str, str] = {}  # of files, by their manifest
         entries = [shard.data for shard in manifest.shards if shard.data is not None]
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
             self.row_groups = [group for groups in pool.map(self._row_groups_of, entries) for group in groups]
@@ -75,16 +102,27 @@ class SampleTable:
 
     @classmethod
     def open(
-        cls, root: str, source: str, *, cached: int = 8, threads: int = 2, columns: Sequence[str] | None = None
+        cls,
+        root: str,
+        source: str,
+        *,
+        cached: int = 8,
+        threads: int = 2,
+        cache: DiskCache | None = None,
+        columns: Sequence[str] | None = None,
     ) -> SampleTable:
-        """The finished table of a source; raises ShardError where it has no manifest yet."""
+        """The finished table of a source; raises ShardError where it has no manifest yet, or none of this release."""
         fs, path = filesystem(root)
         file = posixpath.join(path, "samples", source, MANIFEST_NAME)
         try:
             text = read_bytes(fs, file)
         except FileNotFoundError:
             raise ShardError(f"{file} does not exist, so the table is not finished: run `assemble` first") from None
-        return cls(root, Manifest.model_validate_json(text), cached=cached, threads=threads, columns=columns)
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            raise ShardError(f"{file} cannot be used: {error}; restore it, or assemble the source again") from error
+        return cls(root, manifest, cached=cached, threads=threads, cache=cache, columns=columns)
 
     def __len__(self) -> int:
         return sum(group.rows for group in self.row_groups)
@@ -97,7 +135,7 @@ class SampleTable:
     def row(self, row_group: int, row: int) -> dict[str, Any]:
         """One sample, by the columns of `schemas.tables.SAMPLES`; waits until its row group is read.
 
-        Raises IndexError outside the table, ShardError for a file that changed, and what the store raises.
+        Raises IndexError outside the table, UnreadableError for a file that changed, and what the store raises.
         """
         if not (0 <= row_group < len(self.row_groups) and 0 <= row < self.row_groups[row_group].rows):
             raise IndexError(f"{self._folder}: no row {row} in row group {row_group} of {len(self.row_groups)}")
@@ -133,24 +171,58 @@ class SampleTable:
             return future
 
     def _read(self, group: RowGroup) -> pa.Table:
-        return retried(lambda: self._read_once(group), f"reading {group.file}")
+        """Raises UnreadableError for a damaged one, PermissionError, or StoreError where the store fails for long."""
+        again = Retrying(
+            retry=retry_if_exception_type(UnreadableError),  # bytes may be spoilt on their way
+            stop=stop_after_attempt(DAMAGE_TRIES),
+            wait=wait_fixed(FIRST_WAIT),
+            reraise=True,
+        )
+        found: pa.Table = again(self._read_once, group)
+        return found
 
     def _read_once(self, group: RowGroup) -> pa.Table:
         footer = self._footers[group.file]
-        with _Counted(self._fs.open(group.file, "rb", cache_type="none")) as stream:
-            try:
-                # one read for columns that lie together: the store is asked once a row group for all of them
-                file = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
-                return file.read_row_group(group.index, columns=self._columns)
-            except (pa.ArrowException, OSError) as error:
-                if passes(error):
-                    raise
-                raise ShardError(
-                    f"{group.file}: row group {group.index} of {group.rows} rows cannot be read ({error}): the file "
-                    "was changed or cut off; `perceptio verify` names all such files"
-                ) from error
-            finally:
-                self._count(stream)
+        if self._columns is not None:
+            return self._read_columns(group, footer, self._columns)
+        start, end = _range_of(footer.row_group(group.index))
+        key = f"{self._digests[group.file]} {start} {end}"  # a file that is written anew has another digest
+        kept = None if self._cache is None else self._cache.get(key)
+        try:
+            data = self._fetched(group.file, start, end) if kept is None else kept
+            piece = pq.ParquetFile(_Piece(data, start), metadata=footer, page_checksum_verification=True)
+            table = piece.read_row_group(group.index)
+        except (StoreError, PermissionError):
+            raise  # says nothing of this file
+        except (pa.ArrowException, OSError) as error:
+            raise UnreadableError(group, str(error)) from error
+        if self._cache is not None and kept is None:
+            self._cache.put(key, data)
+        return table
+
+    def _read_columns(self, group: RowGroup, footer: pq.FileMetaData, columns: list[str]) -> pa.Table:
+        def read() -> pa.Table:
+            with _Counted(self._fs.open(group.file, "rb", cache_type="none")) as stream:
+                table = pq.ParquetFile(stream, metadata=footer, pre_buffer=True).read_row_group(group.index, columns)
+            with self._lock:
+                self.bytes_read += stream.bytes_read
+            return table
+
+        try:
+            return retried(read, f"reading {group.file}")
+        except (StoreError, PermissionError):
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise UnreadableError(group, str(error)) from error
+
+    def _fetched(self, file: str, start: int, end: int) -> bytes:
+        """Bytes of a file in the store, by one request: all columns of a row group stand together."""
+        data: bytes = retried(lambda: self._fs.cat_file(file, start=start, end=end), f"reading {file}")
+        with self._lock:
+            self.bytes_read += len(data)
+        if len(data) != end - start:
+            raise OSError(f"{len(data)} bytes from {start}, expected {end - start}")
+        return data
 
     def _row_groups_of(self, entry: FileEntry) -> list[RowGroup]:
         file = posixpath.join(self._folder, entry.path)
@@ -158,7 +230,8 @@ class SampleTable:
         def read() -> pq.FileMetaData:
             with _Counted(self._fs.open(file, "rb", cache_type="none")) as stream:
                 footer = pq.read_metadata(stream)
-                self._count(stream)
+            with self._lock:
+                self.bytes_read += stream.bytes_read
             return footer
 
         try:
@@ -170,12 +243,8 @@ class SampleTable:
         if footer.num_rows != entry.rows:
             raise ShardError(f"{file} has {footer.num_rows} rows, the manifest says {entry.rows}: restore it")
         _check_schema(file, footer.schema.to_arrow_schema())
-        self._footers[file] = footer
+        self._footers[file], self._digests[file] = footer, entry.sha256
         return [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
-
-    def _count(self, stream: _Counted) -> None:
-        with self._lock:
-            self.bytes_read += stream.bytes_read
 
 
 class _Counted:
@@ -197,6 +266,42 @@ class _Counted:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stream.close()
+
+
+class _Piece(io.RawIOBase):
+    """A file of which only the bytes from `start` on are there."""
+
+    def __init__(self, data: bytes, start: int) -> None:
+        self._data, self._start, self._at = memoryview(data), start, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._start + len(self._data))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        first = self._at - self._start
+        if first < 0:
+            raise OSError(f"byte {self._at} is asked for, expected those from {self._start} on")
+        piece = self._data[first : first + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _range_of(group: Any) -> tuple[int, int]:
+    """First byte and end of a row group's columns in its file."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    firsts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
+    return min(firsts), max(first + c.total_compressed_size for first, c in zip(firsts, columns, strict=True))
 
 
 def _check_schema(file: str, schema: pa.Schema) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from perceptio.data.collator import Batch, Item, collate, count_image_tokens, load_item
+from perceptio.data.collator import Batch, Item, blank, collate, count_image_tokens, load_item
+from perceptio.data.disk_cache import DiskCache
 from perceptio.data.mixture import Mixture, MixtureSource, WeightChange, weights_by_size
-from perceptio.data.shards import SampleTable
+from perceptio.data.reading import Reader
+from perceptio.data.shards import SampleTable, UnreadableError
 from perceptio.data.template import Dialogue, render
 from perceptio.processor import PerceptioProcessor
 from perceptio.segmentation.sam2_image import preprocess
@@ -52,8 +56,7 @@ def mixture_of(train: TrainRecipe, tables: Sequence[SampleTable], *, seed: int) 
 class Samples:
     """The sample at each position of a run's mixture; a pure function of (seed, tables, position)."""
 
-    tables: Sequence[SampleTable]  # one per mixture entry
-    mixture: Mixture
+    reader: Reader  # of one table per mixture entry
     recipe: Recipe
     processor: PerceptioProcessor
 
@@ -66,30 +69,30 @@ class Samples:
         With `columns` of SIZED no more is read: enough for `dialogue`, not for `item`. Raises ShardError for a table
         that is not finished or not whole, ValueError as `mixture_of` does.
         """
-        tables = [SampleTable.open(recipe.root, entry.source, columns=columns) for entry in recipe.train.mixture]
+        train = recipe.train
+        cache = None if train.cache_dir is None else DiskCache(train.cache_dir, round(train.cache_gb * 1e9))
+        tables = [SampleTable.open(recipe.root, entry.source, cache=cache, columns=columns) for entry in train.mixture]
         mixture = mixture_of(recipe.train, tables, seed=recipe.seed)
-        for table in tables:
-            table.cached = mixture.row_groups_in_use(world)
-        return cls(tables, mixture, recipe, processor)
+        return cls(Reader(mixture, tables, world=world), recipe, processor)
+
+    @property
+    def mixture(self) -> Mixture:
+        return self.reader.mixture
 
     def item(self, position: int) -> Item:
         """The decoded sample at a position of the mixture."""
-        source, row = self._row(position)
+        slot, row = self.reader.row(position)
         key = (self.recipe.seed, position)
-        return load_item(row, self._rendered(source, row, position), source=source, key=key)
+        return load_item(row, self._rendered(slot.source, row, position), source=slot.source, key=key)
 
     def dialogue(self, position: int) -> Dialogue:
         """What is said in the sample at a position, of which no image is decoded."""
-        return self._rendered(*self._row(position), position)
+        slot, row = self.reader.row(position)
+        return self._rendered(slot.source, row, position)
 
     def close(self) -> None:
         """Stops reading ahead."""
-        for table in self.tables:
-            table.close()
-
-    def _row(self, position: int) -> tuple[int, dict[str, Any]]:
-        slot = self.mixture.at(position)
-        return slot.source, self.tables[slot.source].row(slot.row_group, slot.row)
+        self.reader.close()
 
     def _rendered(self, source: int, row: Mapping[str, Any], position: int) -> Dialogue:
         train = self.recipe.train
@@ -110,6 +113,31 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Stands where a sample cannot be read."""
+
+    key: tuple[int, int]  # (seed, position)
+    source: int  # index of its mixture entry
+    where: str  # its row group
+
+
+def micro_batches(
+    drawn: Sequence[Item | Unread], micro_batch: int, *, by_length: bool = False
+) -> list[Sequence[Item | Unread]]:
+    """A rank's share of a global batch, cut into micro-batches, in the order of positions.
+
+    `by_length` orders it by number of tokens first, so that samples of one length are padded together. It changes
+    neither which samples a global batch has nor its loss, whose denominators are the global batch's.
+    """
+
+    def length(one: Item | Unread) -> tuple[int, int]:
+        return len(one.dialogue.input_ids) if isinstance(one, Item) else 0, one.key[1]
+
+    ordered = sorted(drawn, key=length) if by_length else drawn
+    return [ordered[first : first + micro_batch] for first in range(0, len(ordered), micro_batch)]
+
+
+@dataclass(frozen=True)
 class Feed:
     """The micro-batches of one rank."""
 
@@ -117,23 +145,53 @@ class Feed:
     sam2_size: int  # side of SAM2's input
 
     def batches(self, step: int, *, rank: int, world: int, micro_batch: int) -> list[Batch]:
-        """The micro-batches of `rank` in global batch `step`."""
-        positions = self.samples.mixture.positions_of(step, rank, world)
-        return [self.batch(positions[first : first + micro_batch]) for first in range(0, len(positions), micro_batch)]
+        """The micro-batches of `rank` in global batch `step`.
+
+        Raises UnreadableError for a row group that cannot be read, unless the recipe skips such: then its samples are
+        left out of their micro-batches, which name it.
+        """
+        samples = self.samples
+        drawn: list[Item | Unread] = [
+            self._drawn(position) for position in samples.mixture.positions_of(step, rank, world)
+        ]
+        return [
+            self._collated(part) for part in micro_batches(drawn, micro_batch, by_length=samples.recipe.train.bucket)
+        ]
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The micro-batch of some positions of the mixture."""
-        return collate(
-            [self.samples.item(position) for position in positions],
-            processor=self.samples.processor,
+        return self._collated([self._drawn(position) for position in positions])
+
+    def _drawn(self, position: int) -> Item | Unread:
+        samples = self.samples
+        try:
+            return samples.item(position)
+        except UnreadableError as error:
+            if samples.recipe.train.unreadable == "stop":
+                raise
+            return Unread((samples.recipe.seed, position), samples.mixture.at(position).source, str(error.group))
+
+    def _collated(self, drawn: Sequence[Item | Unread]) -> Batch:
+        samples = self.samples
+        items = [one for one in drawn if isinstance(one, Item)]
+        batch = collate(
+            items or [blank(samples.processor, key=drawn[0].key)],
+            processor=samples.processor,
             sam2_pixels=preprocess,
             sam2_size=self.sam2_size,
-            max_length=self.samples.recipe.model.max_length,
+            max_length=samples.recipe.model.max_length,
         )
+        unread = tuple((one.source, one.where) for one in drawn if isinstance(one, Unread))
+        return dataclasses.replace(batch, unread=unread)
 
     def ahead(self, first: int, last: int, *, rank: int, world: int, micro_batch: int) -> Iterator[list[Batch]]:
-        """`batches` of steps [first, last), each made while the one before is trained on."""
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+        """`batches` of steps [first, last), each made while the one before is trained on, of rows read before that.
+
+        It ends the reading of these samples: what is still being read ahead then is left.
+        """
+        reader = self.samples.reader
+        with closing(reader), ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            pool.submit(reader.begin, first, rank).result()
             waiting = [pool.submit(self.batches, first, rank=rank, world=world, micro_batch=micro_batch)]
             for step in range(first, last):
                 ready = waiting.pop().result()

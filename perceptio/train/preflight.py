@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from perceptio.data.collator import PAD_MULTIPLE
 from perceptio.data.packing import Packing
+from perceptio.data.shards import UnreadableError
+from perceptio.data.template import Dialogue
 from perceptio.train.feed import Feed, Samples
 from perceptio.train.optim import accumulation
 from perceptio.train.step import train_step
@@ -53,17 +55,21 @@ def heaviest(
 ) -> list[Heavy]:
     """For each field of Size the micro-batch of `rank` with most of it, in those steps; the first of equals.
 
-    Raises ValueError for a dialogue longer than the recipe's max_length, which would stop the run when it comes.
+    Raises ValueError for a dialogue longer than the recipe's max_length, and UnreadableError for a damaged row group
+    that the recipe does not skip: either would stop the run when it comes.
     """
     found: dict[str, Heavy] = {}
     for step in steps:
         positions = samples.mixture.positions_of(step, rank, world)
-        for first in range(0, len(positions), micro_batch):
-            batch = tuple(positions[first : first + micro_batch])
-            size = _size(samples, batch, packed_to)
+        drawn = [one for position in positions if (one := _drawn(samples, position)) is not None]
+        if samples.recipe.train.bucket:
+            drawn.sort(key=lambda one: (len(one[1].input_ids), one[0]))
+        for first in range(0, len(drawn), micro_batch):
+            batch = drawn[first : first + micro_batch]
+            size = _size(samples, [dialogue for _, dialogue in batch], packed_to)
             for most in Size._fields:
                 if most not in found or getattr(size, most) > getattr(found[most].size, most):
-                    found[most] = Heavy(most, step, batch, size)
+                    found[most] = Heavy(most, step, tuple(position for position, _ in batch), size)
     return list(found.values())
 
 
@@ -113,8 +119,17 @@ def memory(device: torch.device) -> Memory:
     return Memory(peak, psutil.virtual_memory().total)
 
 
-def _size(samples: Samples, positions: Sequence[int], packed_to: int | None) -> Size:
-    dialogues = [samples.dialogue(position) for position in positions]
+def _drawn(samples: Samples, position: int) -> tuple[int, Dialogue] | None:
+    """None where its row group is skipped, for it cannot be read: the micro-batch is the less for it."""
+    try:
+        return position, samples.dialogue(position)
+    except UnreadableError:
+        if samples.recipe.train.unreadable == "stop":
+            raise
+        return None
+
+
+def _size(samples: Samples, dialogues: Sequence[Dialogue], packed_to: int | None) -> Size:
     lengths, most = [len(dialogue.input_ids) for dialogue in dialogues], samples.recipe.model.max_length
     for dialogue, length in zip(dialogues, lengths, strict=True):
         if length > most:

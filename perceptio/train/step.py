@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class StepReport:
     skipped: tuple[str, ...] = ()  # samples that may have made loss or gradient no number, so that nothing was learnt
     work: Work = field(default_factory=Work)  # what it asked of the model's parts
     times: dict[str, float] = field(default_factory=dict, compare=False)  # of this rank, by phase (see `Stopwatch`)
+    unread: dict[str, int] = field(default_factory=dict)  # samples of each row group that could not be read, left out
 
 
 class Objective(nn.Module):
@@ -155,7 +157,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
 
     Where the gradient is not finite DeepSpeed leaves the step out, in silence: weights, optimizer and schedule stay.
     The report then names the samples of the micro-batches whose loss is no number, or of all where each is one. Raises
-    FloatingPointError where a step was taken all the same.
+    FloatingPointError where a step was taken all the same, ValueError where all samples of the global batch were left
+    out.
     """
     world, objective = dist.get_world_size(), engine.module
     counts_QC = counts_by_source(batches, len(sources)).to(engine.device)
@@ -164,7 +167,11 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     own = _sizes(batches, len(sources)), Work.of(batches, objective.model.config.image_token_id).counts()
     sizes = torch.cat([part.flatten() for part in own]).to(engine.device)
     dist.all_reduce(sizes)
-    sizes_3Q, work = sizes[: own[0].numel()].view_as(own[0]), Work(*sizes[own[0].numel() :].tolist())
+    sizes_4Q, work = sizes[: own[0].numel()].view_as(own[0]), Work(*sizes[own[0].numel() :].tolist())
+    left_out = [where for batch in batches for _, where in batch.unread]
+    unread = dict(sorted(Counter(_of_all_ranks(left_out)).items())) if sizes_4Q[3].any() else {}
+    if not sizes_4Q[0].any():
+        raise ValueError(f"none of the {sum(unread.values())} samples of a global batch can be read: {unread}")
     sums_QC = torch.zeros_like(counts_QC)
     spoilt: list[str] = []
     watch = Stopwatch(engine.device)
@@ -184,8 +191,8 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
     terms = _means(sums_QC.sum(0), counts_C, objective.weights)
     by_source = {name: _means(sums_QC[q], counts_QC[q], objective.weights) for q, name in enumerate(sources)}
     total = sum(getattr(objective.weights, term) * value for term, value in terms.items())
-    samples = {name: int(count) for name, count in zip(sources, sizes_3Q[0].tolist(), strict=True)}
-    read = samples, int(sizes_3Q[1].sum()), f"{int(sizes_3Q[2].sum()) % 2**64:016x}"
+    samples = {name: int(count) for name, count in zip(sources, sizes_4Q[0].tolist(), strict=True)}
+    read = samples, int(sizes_4Q[1].sum()), f"{int(sizes_4Q[2].sum()) % 2**64:016x}"
     times = watch.seconds()  # the terms were copied to the host above, behind all that was timed
     if engine.was_step_applied():
         norm = float(engine.get_global_grad_norm() or 0.0)
@@ -193,21 +200,25 @@ def train_step(engine: Any, batches: Sequence[Batch], sources: Sequence[str]) ->
             raise FloatingPointError(
                 f"a step was taken with loss {total} and gradient norm {norm}, expected it skipped"
             )
-        return StepReport(total, terms, by_source, norm, *read, work=work, times=times)
+        return StepReport(total, terms, by_source, norm, *read, work=work, times=times, unread=unread)
     names = _of_all_ranks(spoilt) or _of_all_ranks([name for batch in batches for name in batch.sample_ids])
-    return StepReport(total, terms, by_source, math.nan, *read, skipped=tuple(names), work=work, times=times)
+    skipped = tuple(filter(None, names))
+    return StepReport(total, terms, by_source, math.nan, *read, skipped=skipped, work=work, times=times, unread=unread)
 
 
 def _sizes(batches: Sequence[Batch], sources: int) -> Tensor:
-    """Samples, the tokens that they have, and a sum of their ids' digests (modulo 2^64), by source: [3, Q]."""
-    sizes_3Q = torch.zeros(3, sources, dtype=torch.long)
+    """Samples, the tokens that they have, a sum of their ids' digests (modulo 2^64), samples left out: [4, Q]."""
+    sizes_4Q = torch.zeros(4, sources, dtype=torch.long)
     for batch in batches:
         digests = [hashlib.sha256(name.encode()).digest() for name in batch.sample_ids]
         ids_B = torch.tensor([int.from_bytes(digest[:8], signed=True) for digest in digests])
+        named_B = torch.tensor([int(name != "") for name in batch.sample_ids])  # blanks are no samples
         rows = (torch.ones_like(batch.source_B), batch.attention_mask_BT.sum(1), ids_B.to(batch.source_B.device))
         for row, values_B in enumerate(rows):
-            sizes_3Q[row] = sizes_3Q[row].index_add(0, batch.source_B, values_B)
-    return sizes_3Q
+            sizes_4Q[row] = sizes_4Q[row].index_add(0, batch.source_B, values_B * named_B)
+        for source, _ in batch.unread:
+            sizes_4Q[3, source] += 1
+    return sizes_4Q
 
 
 def _of_all_ranks(names: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ import psutil
 
 from schemas.recipe import Recipe
 from tests.tables import fill, published, recipe_in
+from workflows.commits import ROW_GROUP_ROWS
 from workflows.store import open_root
 from workflows.train_log import read_metrics
 
@@ -26,7 +27,7 @@ train.run(Recipe.model_validate_json(sys.argv[1]))
 """
 
 
-def prepared(folder: Path | str, parts: Path, **more: Any) -> Recipe:
+def prepared(folder: Path | str, parts: Path, *, row_group_rows: int = ROW_GROUP_ROWS, **more: Any) -> Recipe:
     """A recipe whose tables and codebook stand, ready to train on."""
     sizes = {"train__steps": STEPS, "train__checkpoint_every": EVERY, "train__global_batch": 8}
     sizes |= {
@@ -37,7 +38,7 @@ def prepared(folder: Path | str, parts: Path, **more: Any) -> Recipe:
     }
     recipe = recipe_in(folder, parts, **{**sizes, **more})
     root = open_root(recipe.root)
-    fill(recipe, root, published(root, parts / "codebook", "codebook", {}))
+    fill(recipe, root, published(root, parts / "codebook", "codebook", {}), row_group_rows=row_group_rows)
     return recipe
 
 

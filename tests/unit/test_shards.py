@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from perceptio.data.shards import SampleTable, ShardError
+from perceptio.data.shards import SampleTable, ShardError, UnreadableError
+from perceptio.data.store import StoreError
 from schemas.tables import SAMPLES
-from tests.samples import row, write
+from tests.samples import row, spoil, write
 
 
 @pytest.fixture
@@ -129,6 +133,40 @@ def test_a_row_group_that_failed_is_read_again(tmp_path: Path) -> None:
             table.row(1, 0)
         file.write_bytes(whole)
         assert table.row(1, 0) == row(4)
+
+
+def test_a_single_changed_byte_is_named_with_file_and_row_group_after_it_was_read_again(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 12, 8)
+    with SampleTable(str(tmp_path), manifest) as table:
+        file, before = spoil(tmp_path, manifest, 0, 1), table.bytes_read
+        with pytest.raises(UnreadableError, match=rf"{file.name}: row group 1 of 4 rows cannot be read .*CRC") as found:
+            table.row(1, 0)
+        assert found.value.group == table.row_groups[1]
+        assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)  # noqa: S301
+        assert 3 * 4 * 5000 < table.bytes_read - before < 4 * 4 * 5000, "three reads"
+        assert table.row(0, 0) == row(0) and table.row(2, 0) == row(8)
+    with SampleTable(str(tmp_path), manifest) as table:
+        file.unlink()
+        with pytest.raises(UnreadableError, match=r"row group 0 of 4 rows cannot be read .*No such file"):
+            table.row(0, 0)
+
+
+def test_bytes_that_are_spoilt_on_their_way_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SampleTable(str(tmp_path), write(tmp_path, 4)) as table:
+        whole, left = table._fs.cat_file, [b"spoilt", b""]
+        spoilt = SimpleNamespace(cat_file=lambda *a, **range: left.pop() if left else whole(*a, **range))
+        monkeypatch.setattr(table, "_fs", spoilt)
+        assert table.row(0, 0) == row(0)
+        assert not left
+
+
+def test_a_store_that_refuses_or_is_away_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SampleTable(str(tmp_path), write(tmp_path, 4)) as table:
+        for error in (PermissionError("no"), StoreError("away")):
+            monkeypatch.setattr(table, "_fs", SimpleNamespace(cat_file=Mock(side_effect=error)))
+            with pytest.raises(type(error)) as found:
+                table.row(0, 0)
+            assert found.value is error
 
 
 def test_needs_no_torch() -> None:

@@ -114,3 +114,23 @@ def test_who_watches_is_told_of_pace_and_of_skipped_steps(
     said = r"2 of 12 steps, loss 1\.500 \(text 0\.5\); (3\.[89]\d?|4) samples/s, 4[3-5]\d tokens/s,"
     said += " forward (39|40)%, backward 4[345]%, .* 0:00:2[01] to go"
     assert re.search(said, caplog.text), caplog.text
+
+
+def test_who_watches_is_told_once_of_each_row_group_that_is_left_out(
+    root: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train_log, "LOG_EVERY_S", 0.0)
+    log = TrainLog(root, "run", 0, workers=2)
+    log.began -= 2
+    for step, unread in enumerate(({}, {"a: row group 0": 2}, {"a: row group 0": 1, "b: row group 3": 1}), start=1):
+        add(log, step, report=dataclasses.replace(REPORT, unread=unread))
+    assert [line["unread"].get("a: row group 0", 0) for line in read_metrics(root, "run")] == [0, 2, 1]
+    with caplog.at_level(logging.INFO), watched(root, "run", 12):
+        end = time.monotonic() + 30
+        while "to go" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        f"train: from step {step} on samples are left out, unreadable: {where}"
+        for step, where in ((2, "a: row group 0"), (3, "b: row group 3"))
+    ]
