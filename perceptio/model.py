@@ -194,7 +194,6 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         max_objects: int,
         depth_after_text: bool = False,
         starts_as: Mapping[SpatialName, str] | None = None,
-        code_digits: int | None = None,
         embedding_noise: float = 0.1,
         prompts_start_as_clicks: bool = False,
         dtype: torch.dtype | str = torch.float32,
@@ -204,8 +203,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
 
         `base` is a folder or hub id in transformers' layout (`hub` says how to find it: revision, token, ...); the
         tokenizer and embeddings are extended here (see `extend_vocabulary`), the mask projector starts at random: seed
-        torch before. With `code_digits` each code starts as the number, of so many digits, that its inverse depth is.
-        Every part trains but SAM2's frozen ones until `add_lora(model)` and `set_trainable(model)` leave
+        torch before. Every part trains but SAM2's frozen ones until `add_lora(model)` and `set_trainable(model)` leave
         those that the lineage trains. Raises ValueError for a base that has spatial tokens already.
         """
         backbone, processor = load_backbone(str(base), dtype=dtype, **hub)
@@ -213,12 +211,7 @@ class PerceptioForConditionalGeneration(InternVLForConditionalGeneration):  # ty
         codec = DepthCodec.from_pretrained(codebook)
         segmenter = Sam2ImageModel.from_pretrained(sam2)
         vocabulary = extend_vocabulary(
-            backbone,
-            processor.tokenizer,
-            codec.codes,
-            starts_as=starts_as,
-            codes_start_as=_numbers(codec, code_digits) if code_digits else None,
-            noise=embedding_noise,
+            backbone, processor.tokenizer, codec.codes, starts_as=starts_as, noise=embedding_noise
         )
         fields = backbone.config.to_dict() | {
             "sam2_config": segmenter.config.to_dict(),
@@ -270,9 +263,3 @@ def _config(fields: Mapping[str, Any]) -> PerceptioConfig:
     """Of a base's configuration, with ours in it."""
     others = ("model_type", "architectures", "transformers_version")
     return PerceptioConfig(**{name: value for name, value in fields.items() if name not in others})
-
-
-def _numbers(codec: DepthCodec, digits: int) -> list[str]:
-    """For each code the inverse depth that it stands for, as the first `digits` digits behind the point."""
-    top = 10**digits - 1
-    return [f"{min(int(depth * (top + 1)), top):0{digits}d}" for depth in codec.depths_K().tolist()]

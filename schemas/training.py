@@ -34,11 +34,6 @@ class ModelRecipe(Section):
     starts_as: dict[SpatialName, str] = Field(
         description="tokens of the base whose embeddings spatial tokens start as, else the mean of all (reconstruction)"
     )
-    code_digits: Literal[1, 2] | None = Field(
-        default=None,
-        description="each code starts as the number, of so many digits, that its inverse depth is, where the base has a"
-        " token for each: 2 for 00 to 99 (rooms), 1 for 0 to 9 (Qwen2); instead of starts_as.code (reconstruction)",
-    )
     embedding_noise: Weight = Field(
         default=0.1,
         description="around the mean of the base's embeddings, where spatial tokens start, in their standard deviations"
@@ -57,8 +52,6 @@ class ModelRecipe(Section):
     def _lora(self) -> ModelRecipe:
         if self.language == "lora" and self.lora is None:
             raise ValueError("language is 'lora' but there is no `lora` section: add one")
-        if self.code_digits and "code" in self.starts_as:
-            raise ValueError(f"code_digits is {self.code_digits} and starts_as.code is set: leave one out")
         return self
 
 

@@ -23,7 +23,6 @@ def untrained(recipe: Recipe, root: Root) -> tuple[PerceptioForConditionalGenera
         max_objects=part.max_objects,
         depth_after_text=part.depth_after_text,
         starts_as=part.starts_as,
-        code_digits=part.code_digits,
         embedding_noise=part.embedding_noise,
         prompts_start_as_clicks=part.prompts_start_as_clicks,
     )

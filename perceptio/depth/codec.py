@@ -103,11 +103,6 @@ class DepthCodec:
                 raise ValueError(f"codes lie in {low} .. {high}, expected 0 .. {self.codes - 1}: another codebook's?")
         return self._picture(self.vectors_KD[codes_BN.to(self.vectors_KD.device).long()])
 
-    def depths_K(self) -> Tensor:
-        """The inverse depth in [0, 1] that each code stands for, (K,): the mean of a map of that code alone."""
-        codes_K = torch.arange(self.codes, device=self.vectors_KD.device)
-        return self.decode(codes_K.unsqueeze(1).expand(-1, self.tokens)).mean((1, 2))
-
     def decode_soft(self, logits_BNK: Tensor, temperature: float) -> Tensor:
         """Inverse depth (B, S, S), clamped to [0, 1], that distributions over codes imply; differentiable.
 

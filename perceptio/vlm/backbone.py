@@ -63,7 +63,6 @@ def extend_vocabulary(
     codes: int,
     *,
     starts_as: Mapping[SpatialName, str] | None = None,
-    codes_start_as: Sequence[str] | None = None,
     noise: float = 0.1,
     seed: int = 0,
 ) -> SpatialVocabulary:
@@ -73,18 +72,11 @@ def extend_vocabulary(
     alike: in the input embeddings and, where it is not tied to them, in the output head. Old rows stay as they are, and
     what is tied stays tied. Instead of that mean, "seg", "depth_start", every "code" and "depth_end" may start as the
     row of an old token that `starts_as` names: behind the token that opens a box the base knows already what is meant
-    and where it is; where it would write numbers it learns codes sooner. `codes_start_as` names an old token for each
-    code instead, such as the number that its depth is. Raises ValueError if the tokenizer has spatial tokens already,
-    since whether the rows were given cannot be told from a model with spare ones, where what `starts_as` or
-    `codes_start_as` names is not one token, and where codes are named by both or not all.
+    and where it is; where it would write numbers it learns codes sooner. Raises ValueError if the tokenizer has spatial
+    tokens already, since whether the rows were given cannot be told from a model with spare ones, and where what
+    `starts_as` names is not one token.
     """
-    like = {name: _one_token(tokenizer, f"starts_as.{name}", text) for name, text in (starts_as or {}).items()}
-    like_each = [_one_token(tokenizer, "codes_start_as", text) for text in codes_start_as or ()]
-    if like_each and ("code" in like or len(like_each) != codes):
-        raise ValueError(
-            f"codes_start_as: {len(like_each)} tokens and starts_as has {sorted(like)}, "
-            f"expected one for each of {codes} codes and no starts_as.code"
-        )
+    like = {name: _one_token(tokenizer, name, text) for name, text in (starts_as or {}).items()}
     known = len(tokenizer)
     vocabulary = extend_tokenizer(tokenizer, codes)
     if known == len(tokenizer):
@@ -99,11 +91,8 @@ def extend_vocabulary(
     for weight_VD in _vocabulary_weights(model):
         _fill_rows(weight_VD, first, first + len(vocabulary.all_ids), noise, generator)
         with torch.no_grad():
-            mean_D = weight_VD[:first].mean(0)
             for name, old_id in like.items():
-                weight_VD[_ids(vocabulary, name)] += weight_VD[old_id] - mean_D
-            if like_each:
-                weight_VD[list(vocabulary.code_ids)] += weight_VD[like_each] - mean_D
+                weight_VD[_ids(vocabulary, name)] += weight_VD[old_id] - weight_VD[:first].mean(0)
     return vocabulary
 
 
@@ -116,10 +105,10 @@ def _ids(vocabulary: SpatialVocabulary, name: SpatialName) -> list[int]:
     }[name]
 
 
-def _one_token(tokenizer: PreTrainedTokenizerBase, field: str, text: str) -> int:
+def _one_token(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        raise ValueError(f"{field}: {text!r} is {len(ids)} tokens of the base, expected one")
+        raise ValueError(f"starts_as.{name}: {text!r} is {len(ids)} tokens of the base, expected one")
     return int(ids[0])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -120,26 +119,6 @@ def test_each_spatial_token_can_start_as_an_old_one(tied: bool) -> None:
         assert (codes - table.weight[like[2]]).abs().max() < near
         assert len(codes.unique(dim=0)) == CODES
         assert (table.weight[vocabulary.depth_end_id] - table.weight[:first].mean(0)).abs().max() < near
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_each_code_can_start_as_an_old_token_of_its_own(tied: bool) -> None:
-    model, words = build(tied=tied, rows=OLD), tokenizer()
-    names = list(words.get_vocab())[:CODES]
-    like = [words.encode(name, add_special_tokens=False)[0] for name in names]
-    vocabulary = extend_vocabulary(model, words, CODES, codes_start_as=names)
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        codes = table.weight[list(vocabulary.code_ids)]
-        near = table.weight[:OLD].std()
-        assert (codes - table.weight[like]).abs().max() < near < (codes - table.weight[like[::-1]]).abs().max()
-
-
-@pytest.mark.parametrize(
-    "more", [{"codes_start_as": ["a"]}, {"starts_as": {"code": "a"}, "codes_start_as": ["a"] * CODES}]
-)
-def test_codes_are_named_once_and_all(more: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"codes_start_as: \d+ tokens and starts_as has \[.*\], expected one for each"):
-        extend_vocabulary(build(rows=OLD), tokenizer(), CODES, **more)
 
 
 def test_more_than_a_token_is_no_start() -> None:
