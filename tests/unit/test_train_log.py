@@ -120,7 +120,7 @@ def test_who_watches_is_told_once_of_each_row_group_that_is_left_out(
     root: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(train_log, "LOG_EVERY_S", 0.0)
-    log = TrainLog(root, "run", 0, workers=2)
+    log = TrainLog(root, "run", 0, workers=2, mixture=vqa_and_boxes())
     log.began -= 2
     for step, unread in enumerate(({}, {"a: row group 0": 2}, {"a: row group 0": 1, "b: row group 3": 1}), start=1):
         add(log, step, report=dataclasses.replace(REPORT, unread=unread))

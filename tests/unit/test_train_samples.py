@@ -31,15 +31,14 @@ def samples_of() -> Callable[..., Any]:
     """The samples of a mixture whose positions have these parts, again and again."""
 
     def make(*kinds: str, shown: int, steps: int = 10**6) -> Any:
-        def row(row_group: int, row: int) -> dict[str, Any]:
-            return {"turns": [{"prompt": "never asked"}, {"prompt": f"question {row}"}]}
+        def row(position: int) -> tuple[None, dict[str, Any]]:
+            return None, {"turns": [{"prompt": "never asked"}, {"prompt": f"question {position}"}]}
 
         train = SimpleNamespace(samples_shown=shown, steps=steps, global_batch=4)
         return SimpleNamespace(
             recipe=SimpleNamespace(train=train),
             item=lambda position: item_of(kinds[position % len(kinds)], position),
-            mixture=SimpleNamespace(at=lambda position: SimpleNamespace(source=0, row_group=0, row=position)),
-            tables=[SimpleNamespace(row=row)],
+            reader=SimpleNamespace(row=row),
             processor=None,
         )
 

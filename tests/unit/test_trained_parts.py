@@ -9,9 +9,9 @@ import pytest
 from schemas.recipe_file import load_recipe
 from tests.tables import published
 from tests.tiny import tiny_parts
-from workflows import train
 from workflows.cli import RECIPES
 from workflows.store import open_root
+from workflows.train_engine import build
 
 TRAINED = (
     "model.language_model.layers.",  # of these the low-rank matrices alone
@@ -31,7 +31,7 @@ def test_the_lineage_s_parts_train_and_the_rest_is_frozen(name: str, tmp_path: P
     recipe = load_recipe(RECIPES / f"{name}.yaml", root=str(tmp_path / "root"), overrides=small)
     root = open_root(recipe.root)
     published(root, parts["codebook"], "codebook", {})
-    model, _ = train._model(recipe, root)
+    model = build(recipe, root)[0].model
     for key, weight in model.named_parameters():
         expected = key.startswith(TRAINED) and not any(part in key for part in NO_LOSS)
         if ".layers." in key and "language_model" in key:
