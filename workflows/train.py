@@ -82,10 +82,10 @@ def run(recipe: Recipe) -> None:
         log.info("mixture: %s", mixture.describe())
     except (ValueError, ShardError) as error:
         raise StageError(f"train: {error}") from error
-    require_disk(recipe, root)
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    require_disk(recipe, root, standing=len(places(root, name)))
     runtime.start(recipe)
     require_workers(recipe)
-    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     train = recipe.train
     if train.precision.startswith("bf16") and not train.gpus_per_worker and not computes_bf16(torch.device("cpu")):
         log.warning(

@@ -184,10 +184,10 @@ def _watch(root: Root, run: str, steps: int, done: threading.Event) -> None:
         bar.start()
     try:
         while not done.wait(1.0):
-            if not flown and (found := read_preflight(root, run)) is not None:
+            lines = read_metrics(root, run)
+            if not flown and not told and (found := read_preflight(root, run)) is not None:
                 log.info("pre-flight: %s", described(found))
                 flown = True
-            lines = read_metrics(root, run)
             if not lines:
                 continue
             for line in lines:

@@ -51,11 +51,20 @@ def require_workers(recipe: Recipe) -> None:
         request_resources(bundles=[])
 
 
-def require_disk(recipe: Recipe, root: Root) -> None:
-    """Raises StageError where a local root has no room for the checkpoints that will stand at once, and the model."""
+def require_disk(recipe: Recipe, root: Root, standing: int) -> None:
+    """Raises StageError where a local root has no room for the checkpoints that will stand at once, and the model.
+
+    `standing` checkpoints of the run have their room already. Where the base's configuration cannot be read here, as
+    workers on other machines may, a warning says that nothing was reckoned.
+    """
     if not root.is_local:
         return
-    planned, kept = plan_training(recipe), recipe.train.keep_checkpoints + MORE_CHECKPOINTS
+    try:
+        planned = plan_training(recipe)
+    except OSError as error:
+        log.warning("train: whether the disk has room for the checkpoints is not known: %s", error)
+        return
+    kept = max(1, recipe.train.keep_checkpoints + MORE_CHECKPOINTS - standing)
     checkpoint = MOVED_BYTES * planned.trained
     needed = kept * checkpoint + 4 * planned.parameters
     folder = Path(root.at(""))
@@ -63,8 +72,8 @@ def require_disk(recipe: Recipe, root: Root) -> None:
     if free < needed:
         raise StageError(
             f"train: {folder} has {free / 1e9:.1f} GB free, expected at least {needed / 1e9:.1f}:"
-            f" {kept} checkpoints of {checkpoint / 1e9:.2f} GB and the model. Free some, put root elsewhere, or lower"
-            " train.keep_checkpoints"
+            f" {kept} more checkpoints of {checkpoint / 1e9:.2f} GB and the model. Free some, put root elsewhere, or"
+            " lower train.keep_checkpoints"
         )
 
 

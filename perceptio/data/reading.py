@@ -2,8 +2,8 @@
 
 A stream draws from a window of a few row groups at a time (`perceptio.data.mixture`). When it enters one, the next is
 asked for: a store has as long to answer as the window lasts (once a pass, where a stream's last window is a remnant,
-only as long as that). The tables' caches hold the two windows of each stream of
-the worker, `Mixture.row_groups_in_use` row groups, and nothing else.
+only as long as that). The tables' caches hold the two windows of each stream of the worker,
+`Mixture.row_groups_in_use` row groups, and nothing else.
 """
 
 from __future__ import annotations

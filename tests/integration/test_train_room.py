@@ -68,8 +68,17 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(
 ) -> None:
     recipe = prepared(tmp_path, parts)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
-    with pytest.raises(StageError, match=r"has 0.0 GB free, expected at least \d.*: 4 checkpoints of 0.\d\d GB"):
+    with pytest.raises(StageError, match=r"has 0.0 GB free, expected at least \d.*: 4 more checkpoints of 0.\d\d GB"):
         train.run(recipe)
     assert run_of(recipe) is None
+    root = open_root(recipe.root)
+    with pytest.raises(StageError, match=r": 1 more checkpoints of"):  # those that stand have their room
+        train_room.require_disk(recipe, root, standing=9)
     monkeypatch.undo()
-    train_room.require_disk(recipe, open_root(recipe.root))
+    train_room.require_disk(recipe, root, standing=0)
+
+
+def test_what_cannot_be_reckoned_is_said(tmp_path: Path, parts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = prepared(tmp_path, parts, model__base=str(tmp_path / "nowhere"))
+    train_room.require_disk(recipe, open_root(recipe.root), standing=0)
+    assert "has room for the checkpoints is not known" in caplog.text and "nowhere" in caplog.text
